@@ -1,0 +1,210 @@
+"""One RAM figure to a plan: what is resident, what is kept of the FFN, how long a prompt chunk is.
+
+The figure bounds the whole process: interpreter and libraries, resident weights, KV cache for the
+context asked for, buffers, working memory. What is left holds FFN layers for good.
+
+Knows: arithmetic. Does not know: models, files, or how much anything really takes; ``load``
+measures or reads the sizes and hands them in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .errors import BudgetError
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+MIN_STEP = 16
+RESIDENT_STEP = 128
+MAX_STEP = 2048  # mlx-lm's own prefill step
+STEP_SHARE = 4  # of what fixed needs leave, at most one part in so many goes to prompt chunks
+BUFFERS = 2
+
+
+def parse_ram(size: int | str) -> int:
+    """Bytes from an int, "1.5GB" (10^9), "512MiB" (2^20) or a bare number of bytes."""
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise BudgetError(f"RAM budget {size!r} is not a size; give bytes or text such as '1.5GB'")
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", size)
+        if not match or match[2].upper() not in UNITS:
+            raise BudgetError(
+                f"RAM budget {size!r} is not a size; expected bytes or a number with KB, MB, GB, "
+                "KiB, MiB or GiB, such as 1.5GB or 512MiB"
+            )
+        size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size <= 0:
+        raise BudgetError(f"RAM budget {size} is not positive")
+    return size
+
+
+def show(nbytes: float) -> str:
+    """Bytes for people, in decimal units: 1.50 GB, 380 MB."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    if nbytes >= 1e6:
+        return f"{nbytes / 1e6:.0f} MB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+    return f"{nbytes / 1e3:.1f} KB" if nbytes >= 1e3 else f"{int(nbytes)} B"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Sizes in bytes of all that must be in memory.
+
+    Args:
+        process: interpreter, libraries, tokenizer: what is resident before the model is.
+        resident: weights that always stay.
+        kv_cache: for ``context`` tokens.
+        context: tokens.
+        reader: staging buffers of the row reader.
+        slack: what allocators and late imports may add.
+        layers: FFN weights of each layer, as kept for good.
+        buffer: one streaming buffer.
+        buffers: how many of them streaming takes.
+        workspace: working memory of a prompt chunk of so many tokens.
+    """
+
+    process: int
+    resident: int
+    kv_cache: int
+    context: int
+    reader: int
+    slack: int
+    layers: tuple[int, ...]
+    buffer: int
+    buffers: int
+    workspace: Callable[[int], int]
+
+    @property
+    def fixed(self) -> int:
+        return self.process + self.resident + self.kv_cache + self.slack
+
+    @property
+    def dense(self) -> int:
+        """What it takes to keep every row."""
+        return self.fixed + sum(self.layers) + self.reader + self.workspace(self.resident_step)
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that works."""
+        rows = min(self.buffers * self.buffer, sum(self.layers))
+        return self.fixed + self.reader + rows + self.workspace(self.min_step)
+
+    @property
+    def max_step(self) -> int:
+        return min(MAX_STEP, max(1, self.context))
+
+    @property
+    def min_step(self) -> int:
+        return min(MIN_STEP, self.max_step)
+
+    @property
+    def resident_step(self) -> int:
+        """Enough where nothing is streamed: a chunk costs no reading then."""
+        return min(RESIDENT_STEP, self.max_step)
+
+    def table(self, step: int, kept: Sequence[int] = ()) -> dict[str, int]:
+        """Label to bytes, in the order in which to show them."""
+        streams = len(kept) < len(self.layers)
+        rows = {
+            "interpreter, libraries, tokenizer": self.process,
+            "resident weights": self.resident,
+            f"KV cache for {self.context} tokens": self.kv_cache,
+            f"working memory for chunks of {step} tokens": self.workspace(step),
+            "row reader": self.reader,
+        }
+        if kept:
+            rows[f"FFN rows kept, {len(kept)} of {len(self.layers)} layers"] = sum(
+                self.layers[i] for i in kept
+            )
+        if streams:
+            rows[f"{self.buffers} streaming buffers"] = self.buffers * self.buffer
+        return {**rows, "slack": self.slack}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget buys: layers whose rows are ``kept``, layers ``streamed``, prompt ``step``."""
+
+    ram: int | None
+    kept: tuple[int, ...]
+    streamed: tuple[int, ...]
+    step: int
+    table: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.table.values())
+
+
+def spread(count: int, layers: int) -> tuple[int, ...]:
+    """``count`` of ``layers`` layer numbers, evenly apart: reading goes on behind kept layers."""
+    return tuple(int((2 * i + 1) * layers / (2 * count)) for i in range(count))
+
+
+def split(layers: int, streamed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(kept, streamed) layer numbers for so many streamed layers."""
+    chosen = spread(streamed, layers)
+    return tuple(i for i in range(layers) if i not in set(chosen)), chosen
+
+
+def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
+    """The plan that makes the most of ``ram`` bytes.
+
+    Raises:
+        BudgetError: more than the machine has, or less than the least; it lists what that is.
+    """
+    if ram > machine:
+        raise BudgetError(
+            f"RAM budget {show(ram)} is larger than the machine's memory, {show(machine)}"
+        )
+    if ram < needs.least:
+        small = sum(needs.layers) <= needs.buffers * needs.buffer
+        parts = needs.table(needs.min_step, range(len(needs.layers)) if small else ())
+        listed = "\n".join(f"  {size / 1e6:10.1f} MB  {label}" for label, size in parts.items())
+        raise BudgetError(
+            f"RAM budget {show(ram)} is too small for this model; the least that works is "
+            f"{show(_up(needs.least))}:\n{listed}\nA shorter context needs less."
+        )
+    count = len(needs.layers)
+    candidates = [0, *range(needs.buffers + 1, count + 1)]
+    for streamed in candidates:
+        kept, chosen = split(count, streamed) if streamed else (tuple(range(count)), ())
+        room = ram - needs.fixed - needs.reader - (needs.buffers * needs.buffer if streamed else 0)
+        left = room - sum(needs.layers[i] for i in kept)
+        wanted = _step(room // STEP_SHARE, needs) if streamed else needs.resident_step
+        step = _step(left, needs)
+        if step and (step >= wanted or streamed == candidates[-1]):
+            return Plan(ram, kept, chosen, step, needs.table(step, kept))
+    raise BudgetError(f"no plan fits {show(ram)}, though {show(needs.least)} should do")
+
+
+def _step(room: int, needs: Needs) -> int:
+    """The longest prompt chunk, halving from the longest useful one, whose memory fits; or 0."""
+    step = needs.max_step
+    while needs.workspace(step) > room:
+        if step <= needs.min_step:
+            return 0
+        step = max(needs.min_step, step // 2)
+    return step
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // 10**6) * 10**6

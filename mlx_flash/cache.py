@@ -1,0 +1,279 @@
+"""Slots in unified memory: where rows wait, which row is in which slot, which leave first.
+
+The sliding window of LLM in a flash (sections 3.1 and 3.3): rows used for one of the last k tokens
+stay. The used slots are a prefix, so that a matmul over ``array[:n]`` needs no gather; holes are
+filled by new rows first and then from the end of the prefix.
+
+Knows: slots, the reader that fills them. Does not know: how active rows are found, what an FFN
+computes, models. The bookkeeping (``SlotTable``, ``SlidingWindow``) is numpy only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import CacheError
+from .reader import RowReader
+from .rows import PAGE, RowLayout
+
+DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U8": mx.uint8,
+    "U32": mx.uint32,
+}
+
+
+def aligned_bytes(nbytes: int) -> tuple[mx.array, np.ndarray]:
+    """``nbytes`` of page-aligned memory as a uint8 MLX array and a writable view of the same."""
+    raw = mx.zeros((nbytes + PAGE,), mx.uint8)
+    mx.eval(raw)
+    skip = -np.array(raw, copy=False).ctypes.data % PAGE
+    aligned = raw[skip : skip + nbytes]
+    mx.eval(aligned)
+    return aligned, np.array(aligned, copy=False)
+
+
+class SlotMemory:
+    """Memory for ``capacity`` rows, one array per part.
+
+    ``arrays[name]`` is an MLX array [capacity, width], ``views`` the same memory as uint8 arrays
+    [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
+    to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
+    another one, at least as large, out for fewer rows.
+    """
+
+    def __init__(self, layout: RowLayout, capacity: int, share: SlotMemory | None = None) -> None:
+        self.capacity = capacity
+        nbytes = capacity * sum(layout.extents)
+        self._memory, view = aligned_bytes(nbytes) if share is None else share.first(nbytes)
+        self.arrays: dict[str, mx.array] = {}
+        self.views: list[np.ndarray] = []
+        self._spans: dict[str, tuple[int, int, mx.Dtype]] = {}
+        self._joined: dict[tuple[str, str], mx.array] = {}
+        at = 0
+        for part, extent in zip(layout.parts, layout.extents, strict=True):
+            stop = at + capacity * extent
+            self._spans[part.name] = (at, stop, DTYPES[part.dtype])
+            self.arrays[part.name] = self._typed(at, stop, DTYPES[part.dtype], capacity)
+            self.views.append(view[at:stop].reshape(capacity, extent))
+            at = stop
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes + PAGE
+
+    def first(self, nbytes: int) -> tuple[mx.array, np.ndarray]:
+        """The first bytes of this memory, to lay out another way; both then overlap."""
+        part = self._memory[:nbytes]
+        mx.eval(part)
+        return part, np.array(part, copy=False)
+
+    def joined(self, first: str, second: str) -> mx.array:
+        """Two parts that lie behind each other as one array [2 * capacity, width], not copied."""
+        if (first, second) not in self._joined:
+            self._joined[first, second] = self._join(first, second)
+        return self._joined[first, second]
+
+    def _join(self, first: str, second: str) -> mx.array:
+        (start, middle, dtype), (begin, stop, other) = self._spans[first], self._spans[second]
+        if middle != begin or dtype != other or middle - start != stop - begin:
+            raise CacheError(f"parts {first} and {second} do not lie behind each other")
+        return self._typed(start, stop, dtype, 2 * self.capacity)
+
+    def _typed(self, start: int, stop: int, dtype: mx.Dtype, rows: int) -> mx.array:
+        array = self._memory[start:stop].view(dtype).reshape(rows, -1)
+        mx.eval(array)
+        return array
+
+
+class Policy(Protocol):
+    """Which cached rows leave. Rows are int arrays; a step is one call of ``used``."""
+
+    def used(self, rows: np.ndarray) -> None:
+        """These rows are active in the step that begins now."""
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        """Of cached rows, a bool mask of those that leave even where there is room."""
+
+    def rank(self, rows: np.ndarray) -> np.ndarray:
+        """Of cached rows, a number each: the smallest leave first where room is needed."""
+
+
+class SlidingWindow:
+    """Rows active in one of the last ``window`` steps stay; the longest unused leave first."""
+
+    def __init__(self, rows: int, window: int) -> None:
+        if window < 1:
+            raise CacheError(f"a window is at least one token, got {window}")
+        self.window = window
+        self._step = 0
+        self._last = np.full(rows, -1, np.int64)
+
+    def used(self, rows: np.ndarray) -> None:
+        self._step += 1
+        self._last[rows] = self._step
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        return self._last[rows] <= self._step - self.window
+
+    def rank(self, rows: np.ndarray) -> np.ndarray:
+        return self._last[rows]
+
+
+@dataclass
+class Update:
+    """What has to happen so that the active rows are in slots.
+
+    First slots ``move_from`` are copied to ``move_to``, then row ``load_rows[i]`` is read into
+    slot ``load_slots[i]``. ``load_rows`` is sorted.
+    """
+
+    load_rows: np.ndarray
+    load_slots: np.ndarray
+    move_from: np.ndarray
+    move_to: np.ndarray
+    hits: int
+
+
+@dataclass
+class SlotTable:
+    """Which row is in which slot. Slots below ``num_used`` are in use, without holes."""
+
+    rows: int
+    capacity: int
+    num_used: int = 0
+    slot_of: np.ndarray = field(init=False)
+    row_in: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise CacheError(f"a cache needs at least one slot, got {self.capacity}")
+        self.slot_of = np.full(self.rows, -1, np.int32)
+        self.row_in = np.full(self.capacity, -1, np.int32)
+
+    def update(self, active: np.ndarray, policy: Policy) -> Update:
+        """Make room for the active rows (sorted, distinct) and enter them.
+
+        Raises CacheError when there are more active rows than slots; nothing is changed then.
+        """
+        if active.size > self.capacity:
+            raise CacheError(
+                f"{active.size} rows are active at once, the cache has {self.capacity} slots; "
+                "give it more RAM or fetch in several rounds"
+            )
+        policy.used(active)
+        missing = active[self.slot_of[active] < 0]
+        holes = self._evict(active, missing.size, policy)
+        filled = min(holes.size, missing.size)
+        appended = np.arange(self.num_used, self.num_used + missing.size - filled, dtype=np.int32)
+        slots = np.concatenate([holes[:filled], appended])
+        self.num_used += appended.size
+        move_from, move_to = self._close(holes[filled:])
+        self.slot_of[missing] = slots
+        self.row_in[slots] = missing
+        return Update(missing, slots, move_from, move_to, int(active.size - missing.size))
+
+    def _evict(self, active: np.ndarray, wanted: int, policy: Policy) -> np.ndarray:
+        """Free slots, in ascending order."""
+        cached = self.row_in[: self.num_used]
+        needed = self.slot_of[active]
+        needed = needed[needed >= 0]
+        leaving = policy.expired(cached)
+        leaving[needed] = False
+        lacking = wanted - (self.capacity - self.num_used) - int(leaving.sum())
+        if lacking > 0:
+            rank = policy.rank(cached).astype(np.float64)
+            rank[leaving] = np.inf
+            rank[needed] = np.inf
+            leaving[np.argpartition(rank, lacking - 1)[:lacking]] = True
+        holes = np.flatnonzero(leaving).astype(np.int32)
+        self.slot_of[cached[holes]] = -1
+        self.row_in[holes] = -1
+        return holes
+
+    def _close(self, holes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fill holes from the end of the prefix (the paper's deletion, O(holes))."""
+        self.num_used -= holes.size
+        targets = holes[holes < self.num_used]
+        tail = np.arange(self.num_used, self.num_used + holes.size, dtype=np.int32)
+        sources = tail[self.row_in[tail] >= 0]
+        moved = self.row_in[sources]
+        self.row_in[targets] = moved
+        self.slot_of[moved] = targets
+        self.row_in[tail] = -1
+        return sources, targets
+
+
+class RowCache:
+    """The rows of one layer that are in memory: ``fetch`` makes the active ones be among them.
+
+    Args:
+        reader: reads the rows.
+        layer: number of the layer in the row file.
+        capacity: slots.
+        policy: which rows leave; a ``SlidingWindow`` unless given otherwise.
+        window: tokens that the default policy keeps rows for.
+    """
+
+    def __init__(
+        self,
+        reader: RowReader,
+        layer: int,
+        capacity: int,
+        *,
+        window: int = 4,
+        policy: Policy | None = None,
+    ) -> None:
+        rows = reader.file.layers[layer].rows
+        self.layer = layer
+        self.table = SlotTable(rows, min(capacity, rows))
+        self.memory = SlotMemory(reader.layout, self.table.capacity)
+        self.policy = policy or SlidingWindow(rows, window)
+        self.hits = 0
+        self.misses = 0
+        self._reader = reader
+        self._built_on: list[mx.array] = []
+
+    def fetch(self, active: np.ndarray) -> int:
+        """Bring the active rows (sorted, distinct) in; returns the length of the used prefix.
+
+        What was built on the slots (see ``built``) is evaluated before any of them changes.
+        Raises CacheError for more rows than slots, ReadError when the disk fails; after a
+        failed read the cache is empty.
+        """
+        update = self.table.update(active, self.policy)
+        if update.load_rows.size or update.move_to.size:
+            mx.eval(self._built_on)
+            self._built_on.clear()
+        for view in self.memory.views:
+            view[update.move_to] = view[update.move_from]
+        try:
+            self._reader.read(self.layer, update.load_rows, update.load_slots, self.memory.views)
+        except BaseException:
+            self._drop_all()
+            raise
+        self.hits += update.hits
+        self.misses += int(update.load_rows.size)
+        return self.table.num_used
+
+    def built(self, *arrays: mx.array) -> None:
+        """Say which lazy arrays still read the slots."""
+        self._built_on.extend(arrays)
+
+    def part(self, name: str) -> mx.array:
+        """The used prefix of a part, [num_used, width]; no copy."""
+        return self.memory.arrays[name][: self.table.num_used]
+
+    def rows(self) -> np.ndarray:
+        """Which row each slot of the used prefix holds, int32 [num_used]."""
+        return self.table.row_in[: self.table.num_used]
+
+    def _drop_all(self) -> None:
+        """After a failed read no slot can be trusted: begin empty."""
+        self.table = SlotTable(self.table.rows, self.table.capacity)

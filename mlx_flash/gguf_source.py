@@ -1,0 +1,460 @@
+"""A llama GGUF file as a source of Hugging Face llama weights, config and tokenizer.
+
+Knows: the llama architecture (dense, gated SiLU FFN, no biases) with F32, F16, BF16, Q8_0, Q4_0 and
+Q4_1 tensors; the row order of Q and K in a GGUF, which it undoes, so the result is an ordinary
+Hugging Face llama (``rope_traditional`` False); linear, yarn and llama-3 rope scaling. Every check
+is made when the object is built, before any tensor is read (but for the few floats of
+``rope_freqs``). Does not know: mixtures, K-quants, other architectures, files split in shards,
+where the weights go afterwards. Whatever it cannot honour is an error, never a guess.
+
+The header comes from the gguf package's reader, which makes numpy views of every token and merge:
+MEASURED. Tensor data are read with ``preadv``, never mapped, a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGUFReader
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from . import gguf_tokenizer
+from .errors import DamagedError, ModelError, ReadError
+
+QUANTISED = ("Q8_0", "Q4_0", "Q4_1")
+TYPES = ("F32", "F16", "BF16", *QUANTISED)
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+BLOCK_BYTES = 4 << 20  # of float32 values; the library's working copies are several times that
+
+# GGUF name -> Hugging Face name and shape: h hidden, q queries, k keys, f FFN, v vocabulary.
+_GLOBAL = {
+    "token_embd": ("model.embed_tokens", "vh"),
+    "output_norm": ("model.norm", "h"),
+    "output": ("lm_head", "vh"),
+}
+_LAYER = {
+    "attn_norm": ("input_layernorm", "h"),
+    "attn_q": ("self_attn.q_proj", "qh"),
+    "attn_k": ("self_attn.k_proj", "kh"),
+    "attn_v": ("self_attn.v_proj", "kh"),
+    "attn_output": ("self_attn.o_proj", "hq"),
+    "ffn_norm": ("post_attention_layernorm", "h"),
+    "ffn_gate": ("mlp.gate_proj", "fh"),
+    "ffn_up": ("mlp.up_proj", "fh"),
+    "ffn_down": ("mlp.down_proj", "hf"),
+}
+# Keys that change what a llama computes unless they are 0 (unset) or the value given here.
+_NEUTRAL = {
+    0: "attention.clamp_kqv attention.max_alibi_bias attention.scale attention.sliding_window "
+    "attention.temperature_scale attn_logit_softcapping final_logit_softcapping "
+    "rope.scaling.yarn_log_multiplier",
+    1: "embedding_scale logit_scale residual_scale rope.scaling.attn_factor "
+    "rope.scaling.yarn_attn_factor rope.scaling.yarn_ext_factor",
+}
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor lies; ``shape`` has rows first, unlike the file."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def type(self) -> GGMLQuantizationType:
+        return GGMLQuantizationType(self.kind)
+
+    @property
+    def row_bytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return self.shape[-1] // block * size
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.rows * self.row_bytes
+
+
+class _Header(GGUFReader):
+    """The library's reader, but it refuses to read past the end and makes no views of tensors."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> np.ndarray:
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise EOFError(end)
+        return super()._get(offset, dtype, count, *rest, **named)
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        self.infos = []
+        for field in fields:
+            _, name, _, dims, kind, offset = field.parts
+            shape = tuple(int(d) for d in reversed(dims.tolist()))
+            at = int(start_offs) + int(offset[0])
+            self.infos.append(_Tensor(str(bytes(name), "utf-8"), int(kind[0]), shape, at))
+
+
+class GGUFCheckpoint:
+    """Config, tensors and tokenizer of one GGUF file, under the names of a Hugging Face llama.
+
+    Args:
+        path: the file.
+        dtype: "float16", "bfloat16" or "float32" for all tensors. Default: bfloat16 if any tensor
+            is quantised or bfloat16, else float16 if any is, else float32.
+    """
+
+    def __init__(self, path: Path, dtype: str | None = None) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ModelError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        self.path = Path(path)
+        with _naming(self.path):
+            stat = _check_file(self.path)
+            self._meta, infos = _read_header(self.path, stat.st_size)
+            dims = _dimensions(self._meta)
+            _check_types(infos)
+            gguf_tokenizer.check(self._meta)
+            by_name = {t.name: t for t in infos}
+            dims["v"] = _vocab_size(self._meta, by_name)
+            tied = "output.weight" not in by_name
+            names = _check_tensors(by_name, dims, tied)
+            _check_extents(infos, stat.st_size)
+            self._head_dim = dims["head_dim"]
+            self._tensors = {name: by_name[source] for source, name in names.items()}
+            self._dtype = dtype or _default_dtype(infos)
+            self.config: dict[str, Any] = _config(self._meta, dims, self._dtype, tied)
+            freqs = by_name.get("rope_freqs.weight")
+            factors = None if freqs is None else self._read(freqs, 0, 1)[0]
+            if scaling := _rope_scaling(self._meta, self.config, factors):
+                self.config["rope_scaling"] = scaling
+        self.shapes: dict[str, tuple[int, ...]] = {n: t.shape for n, t in self._tensors.items()}
+        self.dtypes: dict[str, mx.Dtype] = dict.fromkeys(self.shapes, DTYPES[self._dtype])
+        what = [self.path.name, stat.st_size, stat.st_mtime_ns, self._meta, infos]
+        digest = hashlib.sha256(json.dumps(what).encode())
+        self.fingerprint: str = digest.hexdigest()[:16]
+
+    def take(self, name: str) -> mx.array:
+        """The evaluated tensor in its output dtype; reads that tensor's bytes and no others."""
+        if name not in self._tensors:
+            raise ModelError(f"{self.path}: no tensor {name!r} among its {len(self._tensors)}")
+        tensor, dtype = self._tensors[name], self.dtypes[name]
+        permuted = name.endswith(("q_proj.weight", "k_proj.weight"))
+        unit = self._head_dim if permuted else 1
+        step = max(1, BLOCK_BYTES // (4 * tensor.shape[-1] * unit)) * unit
+        out = mx.zeros((tensor.rows, tensor.shape[-1]), dtype=dtype)
+        for start in range(0, tensor.rows, step):
+            with _naming(self.path):
+                block = self._read(tensor, start, min(step, tensor.rows - start))
+                _check_range(block, tensor, dtype)
+            if permuted:
+                block = _unpermute(block, unit)
+            # Evaluated at once, so that mlx updates ``out`` in place instead of copying it.
+            out[start : start + len(block)] = mx.array(block).astype(dtype)
+            mx.eval(out)
+        out = out.reshape(tensor.shape)
+        mx.eval(out)
+        return out
+
+    def write_tokenizer(self, out: Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json (with the chat template) and
+        generation_config.json, and tokenizer.model for a sentencepiece vocabulary, into ``out``."""
+        with _naming(self.path):
+            gguf_tokenizer.write(self._meta, Path(out), self.config["max_position_embeddings"])
+
+    def _read(self, tensor: _Tensor, start: int, rows: int) -> np.ndarray:
+        """``rows`` rows from ``start`` on, as float32."""
+        raw = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
+        view, at = memoryview(raw).cast("B"), tensor.offset + start * tensor.row_bytes
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                done = 0
+                while done < len(view):
+                    count = os.preadv(file.fileno(), [view[done:]], at + done)
+                    if not count:
+                        raise DamagedError(
+                            f"the file was cut while it was read: tensor {tensor.name} goes on to "
+                            f"byte {at + len(view)}, the file ended at {at + done}"
+                        )
+                    done += count
+        except OSError as error:
+            where = f"{self.path}: tensor {tensor.name}, {len(view)} bytes at {at}"
+            raise ReadError(f"{where}: {error.strerror}") from error
+        return dequantize(raw, tensor.type)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before the message of what goes wrong inside."""
+    try:
+        yield
+    except (ModelError, DamagedError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _check_file(path: Path) -> os.stat_result:
+    if not path.is_file():
+        raise ModelError("no such file; expected a .gguf file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise ModelError(f"cannot be opened: {error.strerror}") from error
+    if not head:
+        raise ModelError("the file is empty; expected a GGUF file")
+    if head[:4] != b"GGUF":
+        raise ModelError(f"begins with {head[:4]!r}, expected b'GGUF': not a GGUF file")
+    version = int.from_bytes(head[4:], "little")
+    if len(head) == 8 and version not in (2, 3):
+        raise ModelError(
+            f"GGUF version {version} or a big-endian file; expected 2 or 3, little-endian. "
+            "Convert the model to GGUF anew"
+        )
+    return path.stat()
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], list[_Tensor]]:
+    """All metadata as plain values, and the tensor table; the reader is gone on return."""
+    try:
+        text, infos = _dump_header(path)
+    except EOFError as error:
+        raise DamagedError(
+            f"truncated inside the header: that goes on to byte {error.args[0]} at least, the file "
+            f"has {size}. Fetch the file again"
+        ) from error
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise DamagedError(f"unreadable GGUF header ({error}); fetch the file again") from error
+    meta = json.loads(text)
+    if (shards := meta.get("split.count", 0)) not in (0, 1):
+        raise ModelError(f"one of {shards} shards; merge them first (llama-gguf-split --merge)")
+    return meta, infos
+
+
+def _dump_header(path: Path) -> tuple[str, list[_Tensor]]:
+    """Metadata as JSON: its strings lie among the reader's views and would keep their pages."""
+    reader = _Header(path)
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    return json.dumps(fields), reader.infos
+
+
+def _dimensions(meta: dict[str, Any]) -> dict[str, int]:
+    """The sizes of the model; ModelError for another architecture or one that is not computed."""
+    found = meta.get("general.architecture")
+    if found != "llama":
+        raise ModelError(f"architecture {found!r}; GGUF files are supported for: llama")
+    if experts := meta.get("llama.expert_count", 0):
+        raise ModelError(f"a mixture of {experts} experts; mixtures from GGUF come later")
+    odd = [
+        f"{key} = {meta[f'llama.{key}']}"
+        for neutral, keys in _NEUTRAL.items()
+        for key in keys.split()
+        if meta.get(f"llama.{key}", 0) not in (0, neutral)
+    ]
+    if not meta.get("llama.attention.causal", True):
+        odd.append("attention.causal = False")
+    if odd:
+        raise ModelError(f"settings that this version cannot honour: {_some(odd)}")
+    dims = {
+        "layers": _size(meta, "llama.block_count"),
+        "h": _size(meta, "llama.embedding_length"),
+        "f": _size(meta, "llama.feed_forward_length"),
+        "heads": (heads := _size(meta, "llama.attention.head_count")),
+        "kv_heads": (kv_heads := _size(meta, "llama.attention.head_count_kv", heads)),
+    }
+    size = _size(meta, "llama.attention.key_length", max(1, dims["h"] // heads))
+    others = {
+        meta.get(f"llama.{k}", size) for k in ("attention.value_length", "rope.dimension_count")
+    }
+    if heads % kv_heads or size % 2 or others != {size}:
+        raise ModelError(
+            f"{heads} heads of size {size}, {kv_heads} key/value heads, value and rope size "
+            f"{sorted(others, key=str)}; expected whole groups of heads and one even size"
+        )
+    return dims | {"head_dim": size, "q": heads * size, "k": kv_heads * size}
+
+
+def _size(meta: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number; an array of one repeated value counts as that value."""
+    value = meta.get(key, default)
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        shown = "missing" if value is None else f"{value!r:.60}"
+        raise ModelError(f"{key} is {shown}; expected one positive whole number")
+    return value
+
+
+def _number(meta: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A float as it was written before float32 rounded it (1e-05, not 9.99999974e-06)."""
+    value = meta.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ModelError(f"{key} is {value!r:.60}; expected a positive number")
+    return float(str(np.float32(value)))
+
+
+def _check_types(infos: list[_Tensor]) -> None:
+    twice = [name for name, count in Counter(t.name for t in infos).items() if count > 1]
+    if twice:
+        raise ModelError(f"tensors that occur twice: {_some(twice)}")
+    names = {int(kind): kind.name for kind in GGMLQuantizationType}
+    kinds = {t.name: names.get(t.kind, f"type {t.kind}") for t in infos}
+    bad = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in TYPES]
+    if bad:
+        raise ModelError(
+            f"tensor types that are not supported: {_some(bad)}; supported: {', '.join(TYPES)}. "
+            "Quantise the model to Q8_0 instead or convert its Hugging Face checkpoint"
+        )
+
+
+def _vocab_size(meta: dict[str, Any], tensors: dict[str, _Tensor]) -> int:
+    """Rows of the embedding, which must be the tokens' number or the one in the metadata."""
+    tokens = len(meta["tokenizer.ggml.tokens"])
+    stated = _size(meta, "llama.vocab_size", tokens)
+    rows = tensors["token_embd.weight"].rows if "token_embd.weight" in tensors else stated
+    if rows < tokens or rows not in (tokens, stated):
+        raise ModelError(
+            f"token_embd.weight has {rows} rows; expected one for each of {tokens} tokens "
+            f"(llama.vocab_size: {stated})"
+        )
+    return rows
+
+
+def _check_tensors(tensors: dict[str, _Tensor], dims: dict[str, int], tied: bool) -> dict[str, str]:
+    """GGUF name -> Hugging Face name of all tensors, whose names and shapes are right."""
+    if mixture := [name for name in tensors if "_exps." in name or "ffn_gate_inp" in name]:
+        raise ModelError(f"a mixture ({_some(mixture)}); mixtures from GGUF come later")
+    table = {k: v for k, v in _GLOBAL.items() if k != "output" or not tied}
+    for i in range(min(dims["layers"], len(tensors))):  # a layer too many shows up as missing
+        for kind, (name, code) in _LAYER.items():
+            table[f"blk.{i}.{kind}"] = (f"model.layers.{i}.{name}", code)
+    shapes = {f"{k}.weight": tuple(dims[c] for c in code) for k, (_, code) in table.items()}
+    missing = [name for name in shapes if name not in tensors]
+    unknown = [name for name in tensors if name not in shapes and name != "rope_freqs.weight"]
+    if missing or unknown:
+        raise ModelError(
+            f"wrong tensors for a llama of {dims['layers']} layers; "
+            f"missing: {_some(missing) or 'none'}; unknown: {_some(unknown) or 'none'}"
+        )
+    if "rope_freqs.weight" in tensors:
+        shapes["rope_freqs.weight"] = (dims["head_dim"] // 2,)
+    wrong = [
+        f"{name} {tensors[name].shape}, expected {shape}"
+        for name, shape in shapes.items()
+        if tensors[name].shape != shape or shape[-1] % GGML_QUANT_SIZES[tensors[name].type][0]
+    ]
+    if wrong:
+        raise ModelError(f"shapes that contradict the metadata or the type: {_some(wrong)}")
+    return {f"{source}.weight": f"{name}.weight" for source, (name, _) in table.items()}
+
+
+def _check_extents(infos: list[_Tensor], size: int) -> None:
+    last = max(infos, key=lambda t: t.end)
+    if last.end > size:
+        first = min((t for t in infos if t.end > size), key=lambda t: t.offset)
+        raise DamagedError(
+            f"truncated: tensor {first.name} ends at byte {first.end}, the file has {size} (of "
+            f"{last.end}). Fetch the file again"
+        )
+
+
+def _default_dtype(infos: list[_Tensor]) -> str:
+    kinds = {t.type.name for t in infos}
+    if kinds & {"BF16", *QUANTISED}:
+        return "bfloat16"
+    return "float16" if "F16" in kinds else "float32"
+
+
+def _config(meta: dict[str, Any], dims: dict[str, int], dtype: str, tied: bool) -> dict[str, Any]:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": dims["h"],
+        "intermediate_size": dims["f"],
+        "num_hidden_layers": dims["layers"],
+        "num_attention_heads": dims["heads"],
+        "num_key_value_heads": dims["kv_heads"],
+        "rms_norm_eps": _number(meta, "llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _number(meta, "llama.rope.freq_base", 10000.0),
+        "vocab_size": dims["v"],
+        "max_position_embeddings": _size(meta, "llama.context_length"),
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+    }
+    if dims["q"] != dims["h"] or "llama.attention.key_length" in meta:
+        config["head_dim"] = dims["head_dim"]
+    return config | gguf_tokenizer.config_ids(meta)
+
+
+def _rope_scaling(
+    meta: dict[str, Any], config: dict[str, Any], factors: np.ndarray | None
+) -> dict[str, Any] | None:
+    prefix = "llama.rope.scaling."
+    kind = meta.get(f"{prefix}type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"rope scaling {kind!r}; supported: none, linear, yarn")
+    key = f"{prefix}factor" if meta.get(f"{prefix}factor") else "llama.rope.scale_linear"
+    factor = _number(meta, key, 1.0) if kind != "none" and meta.get(key) else 1.0
+    if factors is not None and not np.all(factors == 1):
+        if factor != 1:
+            raise ModelError(f"rope_freqs.weight and {kind} rope scaling; expected one of them")
+        original = _size(meta, f"{prefix}original_context_length", 8192)
+        return _llama3_scaling(factors, config["rope_theta"], original)
+    if factor == 1:
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = _size(
+            meta, f"{prefix}original_context_length", config["max_position_embeddings"]
+        )
+        betas = [b for b in ("beta_fast", "beta_slow") if f"{prefix}yarn_{b}" in meta]
+        scaling |= {b: _number(meta, f"{prefix}yarn_{b}") for b in betas}
+    return scaling
+
+
+def _llama3_scaling(factors: np.ndarray, theta: float, context: int) -> dict[str, Any]:
+    """The llama-3 scaling that gives ``factors``; a GGUF holds only the outcome, so it is tried."""
+    factor = float(factors.max())
+    turns = context / (2 * np.pi * theta ** (np.arange(len(factors)) / len(factors)))
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        raise ModelError(
+            f"rope_freqs.weight is not llama-3 scaling by {factor:g} from {context} positions, the "
+            "only kind known; convert the Hugging Face checkpoint instead"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": context,
+    }
+
+
+def _check_range(block: np.ndarray, tensor: _Tensor, dtype: mx.Dtype) -> None:
+    if dtype == mx.float16 and tensor.type != GGMLQuantizationType.F16:
+        top = float(np.abs(block).max())
+        if top > np.finfo(np.float16).max:
+            raise ModelError(f"{tensor.name} holds {top:g}, beyond float16; choose bfloat16")
+
+
+def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Whole heads in GGUF order (pairs side by side) back to Hugging Face order (halves)."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

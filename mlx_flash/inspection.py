@@ -1,0 +1,95 @@
+"""What is in a model directory, and what each budget would hold of it.
+
+Knows: how to count and to show. Does not know: how fast anything is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import footprint
+from .budget import make_plan, show
+from .directory import ModelDirectory
+from .loader import needs_of
+from .reader import RowReader
+from .rows import ITEMSIZE
+
+STEPS = 5  # budgets shown, from the least to what the dense model takes
+
+
+def describe(directory: ModelDirectory, context: int | None = None) -> dict[str, Any]:
+    """Figures of a model directory as a JSON-ready dict; sizes in bytes."""
+    rows = directory.rows
+    reader = RowReader(rows)
+    needs = needs_of(directory, reader, context)
+    reader.close()
+    item = ITEMSIZE[rows.layout.parts[0].dtype]
+    count = sum(layer.rows for layer in rows.layers)
+    return {
+        "path": str(directory.path),
+        "model_type": directory.config["model_type"],
+        "unit": "neuron",
+        "activation": directory.ffn.activation,
+        "dtype": rows.layout.parts[0].dtype,
+        "parameters": (count * rows.layout.ideal_bytes + needs.resident) // item,
+        "resident_bytes": needs.resident,
+        "layers": len(rows.layers),
+        "rows": count,
+        "row_bytes": rows.layout.stride,
+        "row_bytes_without_padding": rows.layout.ideal_bytes,
+        "row_file_bytes": rows.bytes,
+        "parts": [part.name for part in rows.layout.parts],
+        "context": needs.context,
+        "direct_reads": reader.direct,
+        "least_bytes": needs.least,
+        "dense_bytes": needs.dense,
+        "budgets": [_budget(needs, ram) for ram in _budgets(needs.least, needs.dense)],
+    }
+
+
+def _budgets(least: int, dense: int) -> list[int]:
+    top = min(dense, footprint.machine())
+    if least > top:
+        return []
+    return [_up(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // 10**6) * 10**6
+
+
+def _budget(needs: Any, ram: int) -> dict[str, Any]:
+    plan = make_plan(ram, needs, max(ram, footprint.machine()))
+    return {
+        "ram_bytes": ram,
+        "kept_layers": len(plan.kept),
+        "kept_bytes": sum(needs.layers[i] for i in plan.kept),
+        "streamed_bytes_per_token": sum(needs.layers[i] for i in plan.streamed),
+        "prompt_chunk_tokens": plan.step,
+    }
+
+
+def report(info: dict[str, Any]) -> str:
+    """``describe``'s figures as text."""
+    padding = info["row_bytes"] / info["row_bytes_without_padding"] - 1
+    lines = [
+        f"{info['path']}: {info['model_type']}, {info['parameters'] / 1e6:.1f} M parameters, "
+        f"{info['dtype']}",
+        f"  resident   {show(info['resident_bytes'])}",
+        f"  rows       {show(info['row_file_bytes'])}: {info['layers']} layers, {info['rows']} "
+        f"rows of {info['row_bytes']} bytes ({' + '.join(info['parts'])}; "
+        f"{100 * padding:.1f} % padding), activation {info['activation']}",
+        f"  reads      {'direct' if info['direct_reads'] else 'through the page cache'}",
+        f"  least RAM  {show(info['least_bytes'])}; everything resident from "
+        f"{show(info['dense_bytes'])} (context of {info['context']} tokens)",
+    ]
+    if info["budgets"]:
+        lines.append("  RAM budget   layers kept   FFN kept    read per token   prompt chunk")
+    for row in info["budgets"]:
+        kept = f"{row['kept_layers']} of {info['layers']}"
+        lines.append(
+            f"  {show(row['ram_bytes']):>10}   {kept:>11}   {show(row['kept_bytes']):>8}"
+            f"   {show(row['streamed_bytes_per_token']):>14}"
+            f"   {row['prompt_chunk_tokens']:>5} tokens"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""Whole layers in turn through a few buffers, read ahead of computing.
+
+Where every row is needed for every token the access is a cycle, and no cache of recent rows helps:
+the best is to keep some layers for good and to stream the others, in the order in which the model
+asks for them, reading on across layers and across tokens (the naive and hybrid baselines of LLM in
+a flash, table 2, done with overlap). A layer is streamed whole so that its matmuls sum up in the
+same order as the dense model's: the result is the same to the bit.
+
+Knows: the order of layers, which buffer holds which. Does not know: what is computed from them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .cache import SlotMemory
+from .reader import RowReader
+
+
+@dataclass
+class _Ahead:
+    layer: int
+    buffer: int
+    reads: list[Future[None]]
+
+
+class LayerStream:
+    """Streams ``layers`` of the reader's file, cyclically, through ``buffers`` layer buffers.
+
+    ``acquire`` hands out a layer's rows as soon as they are there; ``done`` says that an array
+    which was computed from them has been asked for, after which the buffer is used again. One
+    layer may be held at a time. When a layer is asked for out of turn (a forward pass was broken
+    off), the cycle starts again at that layer.
+    """
+
+    def __init__(self, reader: RowReader, layers: Sequence[int], buffers: int = 2) -> None:
+        if not layers:
+            raise ValueError("a stream needs at least one layer")
+        self.layers = list(layers)
+        rows = [reader.file.layers[i].rows for i in self.layers]
+        count = min(buffers, len(self.layers))
+        self.buffers = [_sizes(reader, sorted(set(rows), reverse=True)) for _ in range(count)]
+        self.wait_seconds = 0.0
+        self.rows_acquired = 0
+        self._reader = reader
+        self._rows = dict(zip(self.layers, rows, strict=True))
+        self._prepared = [
+            {n: reader.prepare(np.arange(n), np.arange(n), m.views) for n, m in sizes.items()}
+            for sizes in self.buffers
+        ]
+        self._ahead: deque[_Ahead] = deque()
+        self._held: tuple[_Ahead, mx.array | None] | None = None
+        self._next = 0
+
+    def acquire(self, layer: int, before: mx.array) -> SlotMemory:
+        """The rows of ``layer``, one a slot, as many slots as rows.
+
+        Args:
+            before: what the layer's input is computed from; it is set going while the rows come.
+        """
+        mx.async_eval(before)
+        self._let_go()
+        if not self._ahead or self._ahead[0].layer != layer:
+            self._restart(layer)
+        began = time.perf_counter()
+        ahead = self._ahead.popleft()
+        try:
+            for read in ahead.reads:
+                read.result()
+        except BaseException:
+            self._ahead.appendleft(ahead)
+            self._drain()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+        self._held = (ahead, None)
+        self.rows_acquired += self._rows[layer]
+        return self.buffers[ahead.buffer][self._rows[layer]]
+
+    def done(self, result: mx.array) -> None:
+        """``result`` was built on the rows acquired last; their buffer is free once it is there."""
+        if self._held is None:
+            raise ValueError("no layer is held")
+        ahead, _ = self._held
+        self._held = (ahead, result)
+        if ahead.layer == self.layers[-1]:
+            self._let_go()  # the head computes next: read on behind it
+        else:
+            mx.async_eval(result)
+
+    def close(self) -> None:
+        """Forget what was read ahead; the buffers stay as they are."""
+        self._drain()
+
+    def _let_go(self) -> None:
+        if self._held is None:
+            return
+        (ahead, result), self._held = self._held, None
+        if result is not None:
+            mx.eval(result)
+        self._read_ahead(ahead.buffer)
+
+    def _read_ahead(self, buffer: int) -> None:
+        layer = self.layers[self._next]
+        self._next = (self._next + 1) % len(self.layers)
+        prepared = self._prepared[buffer][self._rows[layer]]
+        self._ahead.append(_Ahead(layer, buffer, self._reader.submit(layer, prepared)))
+
+    def _restart(self, layer: int) -> None:
+        self._drain()
+        self._next = self.layers.index(layer)
+        for buffer in range(len(self.buffers)):
+            self._read_ahead(buffer)
+
+    def _drain(self) -> None:
+        """Wait until nothing writes into the buffers, whatever became of the reads."""
+        wait([read for ahead in self._ahead for read in ahead.reads])
+        self._ahead.clear()
+        self._held = None
+
+
+def _sizes(reader: RowReader, rows: list[int]) -> dict[int, SlotMemory]:
+    """One buffer, laid out for each number of rows that a layer has; all share its memory."""
+    largest = SlotMemory(reader.layout, rows[0])
+    rest = {n: SlotMemory(reader.layout, n, share=largest) for n in rows[1:]}
+    return {rows[0]: largest, **rest}
