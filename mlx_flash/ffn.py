@@ -19,6 +19,7 @@ import numpy as np
 from .cache import DTYPES, SlotMemory
 from .families import Ffn
 from .reader import RowReader
+from .rows import RowFile
 from .stream import LayerStream
 
 CHUNK_BYTES = 4 << 20
@@ -62,6 +63,9 @@ class RowLinear(nn.Module):
         if "bias" not in self:
             return x @ weight
         bias = mx.pad(self.bias, [(0, padding)]) if padding else self.bias
+        if self.transposed and x.dtype == mx.float32:
+            # addmm begins its sum at the bias for this orientation, after it for the dense one.
+            return x @ weight + bias
         return mx.addmm(bias, x, weight)
 
 
@@ -120,6 +124,17 @@ def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array
     named = {name: array.view(dtype) for name, array in named.items()}
     mx.eval(named)
     return named
+
+
+def placeholders(file: RowFile, layer: int, ffn: Ffn) -> dict[str, mx.array]:
+    """Arrays of the names and shapes of ``dense_weights``, never to be evaluated."""
+    rows, d_model = file.layers[layer].rows, file.layout.parts[0].width
+    dtype = DTYPES[file.layout.parts[0].dtype]
+    shapes = {ffn.fused: (2 * rows, d_model)} if ffn.fused else {ffn.up: (rows, d_model)}
+    if ffn.gate:
+        shapes[ffn.gate] = (rows, d_model)
+    shapes[ffn.down] = (d_model, rows)
+    return {name: mx.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
 class FlashMLP(nn.Module):

@@ -26,7 +26,7 @@ from .budget import BUFFERS, Needs, Plan, make_plan, parse_ram, show, split
 from .cache import DTYPES
 from .directory import ModelDirectory
 from .errors import BudgetError, FlashError, ModelError
-from .ffn import CHUNK_BYTES, FlashMLP, dense_weights, use_rows
+from .ffn import CHUNK_BYTES, FlashMLP, dense_weights, placeholders, use_rows
 from .reader import RowReader
 from .stream import LayerStream
 
@@ -106,12 +106,27 @@ class Flash:
         for i in self.plan.streamed:
             use_rows(found[i][1], self.directory.ffn)
 
-    def weights(self, resident: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The resident weights and those of the layers that are kept, read now."""
-        for i in self.plan.kept:
-            for name, weight in dense_weights(self.reader, i, self.directory.ffn).items():
-                resident[f"{self._found[i][0]}.{name}.weight"] = weight
-        return resident
+    def weights(
+        self,
+        resident: dict[str, mx.array],
+        sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+    ) -> dict[str, mx.array]:
+        """The resident weights and those of the layers that are kept, read now.
+
+        ``sanitize`` leaves mlx-lm's own weights as they are but may set the model up by what is
+        among them (gemma3 ties its head), so it is shown every name; the streamed ones are
+        placeholders that nothing evaluates.
+        """
+        weights = dict(resident)
+        streamed = set()
+        for i, (path, _) in enumerate(self._found):
+            if i in self.plan.kept:
+                found = dense_weights(self.reader, i, self.directory.ffn)
+            else:
+                found = placeholders(self.directory.rows, i, self.directory.ffn)
+                streamed |= {f"{path}.{name}.weight" for name in found}
+            weights |= {f"{path}.{name}.weight": weight for name, weight in found.items()}
+        return {k: v for k, v in sanitize(weights).items() if k not in streamed}
 
     def start(self, model: nn.Module) -> None:
         """Put the streaming FFNs in place."""
@@ -314,7 +329,7 @@ def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, t
             flash.install(self)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            return flash.weights(weights)  # the directory's are mlx-lm's already
+            return flash.weights(weights, getattr(super(), "sanitize", lambda given: given))
 
         @functools.wraps(base.__call__)
         def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
