@@ -7,18 +7,20 @@ is made when the object is built, before any tensor is read (but for the few flo
 ``rope_freqs``). Does not know: mixtures, K-quants, other architectures, files split in shards,
 where the weights go afterwards. Whatever it cannot honour is an error, never a guess.
 
-The header comes from the gguf package's reader, which makes numpy views of every token and merge:
-MEASURED. Tensor data are read with ``preadv``, never mapped, a block of rows at a time.
+The header comes from the gguf package's reader, which makes numpy views of every token and merge.
+For SmolLM2-135M (49,000 of each) that took 2.6 to 3.6 s and 166 MB on a Linux core, of which 22 MB
+stay; a llama-3 vocabulary has 3.6 times as many entries. Tensor data are read, never mapped, in
+blocks of rows: taking a tensor needs its own size in the output dtype and about 20 MB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import stat_result
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +55,11 @@ _LAYER = {
     "ffn_up": ("mlp.up_proj", "fh"),
     "ffn_down": ("mlp.down_proj", "hf"),
 }
-# Keys that change what a llama computes unless they are 0 (unset) or the value given here.
-_NEUTRAL = {
-    0: "attention.clamp_kqv attention.max_alibi_bias attention.scale attention.sliding_window "
-    "attention.temperature_scale attn_logit_softcapping final_logit_softcapping "
-    "rope.scaling.yarn_log_multiplier",
-    1: "embedding_scale logit_scale residual_scale rope.scaling.attn_factor "
-    "rope.scaling.yarn_attn_factor rope.scaling.yarn_ext_factor",
-}
+# Keys that change what a llama computes, unless they say 0 or False (unset) or 1 (a factor).
+_CHANGES = """attention.clamp_kqv attention.max_alibi_bias attention.scale attention.sliding_window
+attention.temperature_scale attn_logit_softcapping final_logit_softcapping embedding_scale
+logit_scale residual_scale rope.scaling.attn_factor rope.scaling.yarn_attn_factor
+rope.scaling.yarn_ext_factor rope.scaling.yarn_log_multiplier"""
 
 
 class _Tensor(NamedTuple):
@@ -179,18 +178,18 @@ class GGUFCheckpoint:
         view, at = memoryview(raw).cast("B"), tensor.offset + start * tensor.row_bytes
         try:
             with open(self.path, "rb", buffering=0) as file:
+                file.seek(at)
                 done = 0
-                while done < len(view):
-                    count = os.preadv(file.fileno(), [view[done:]], at + done)
-                    if not count:
-                        raise DamagedError(
-                            f"the file was cut while it was read: tensor {tensor.name} goes on to "
-                            f"byte {at + len(view)}, the file ended at {at + done}"
-                        )
+                while count := file.readinto(view[done:]):
                     done += count
         except OSError as error:
             where = f"{self.path}: tensor {tensor.name}, {len(view)} bytes at {at}"
             raise ReadError(f"{where}: {error.strerror}") from error
+        if done < len(view):
+            raise DamagedError(
+                f"the file was cut since it was opened: tensor {tensor.name} goes on to byte "
+                f"{at + len(view)}, the file ends at {at + done}. Fetch the file again"
+            )
         return dequantize(raw, tensor.type)
 
 
@@ -203,7 +202,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _check_file(path: Path) -> os.stat_result:
+def _check_file(path: Path) -> stat_result:
     if not path.is_file():
         raise ModelError("no such file; expected a .gguf file")
     try:
@@ -255,14 +254,10 @@ def _dimensions(meta: dict[str, Any]) -> dict[str, int]:
         raise ModelError(f"architecture {found!r}; GGUF files are supported for: llama")
     if experts := meta.get("llama.expert_count", 0):
         raise ModelError(f"a mixture of {experts} experts; mixtures from GGUF come later")
-    odd = [
-        f"{key} = {meta[f'llama.{key}']}"
-        for neutral, keys in _NEUTRAL.items()
-        for key in keys.split()
-        if meta.get(f"llama.{key}", 0) not in (0, neutral)
-    ]
+    changes = {f"llama.{key}" for key in _CHANGES.split()}
+    odd = [f"{k} = {v}" for k, v in meta.items() if k in changes and v not in (0, 1)]
     if not meta.get("llama.attention.causal", True):
-        odd.append("attention.causal = False")
+        odd.append("llama.attention.causal = False")
     if odd:
         raise ModelError(f"settings that this version cannot honour: {_some(odd)}")
     dims = {
@@ -273,13 +268,13 @@ def _dimensions(meta: dict[str, Any]) -> dict[str, int]:
         "kv_heads": (kv_heads := _size(meta, "llama.attention.head_count_kv", heads)),
     }
     size = _size(meta, "llama.attention.key_length", max(1, dims["h"] // heads))
-    others = {
-        meta.get(f"llama.{k}", size) for k in ("attention.value_length", "rope.dimension_count")
-    }
-    if heads % kv_heads or size % 2 or others != {size}:
+    value, rope = (
+        meta.get(f"llama.{key}", size) for key in ("attention.value_length", "rope.dimension_count")
+    )
+    if heads % kv_heads or size % 2 or value != size or rope != size:
         raise ModelError(
-            f"{heads} heads of size {size}, {kv_heads} key/value heads, value and rope size "
-            f"{sorted(others, key=str)}; expected whole groups of heads and one even size"
+            f"{heads} heads of size {size} for {kv_heads} key/value heads, values of size {value}, "
+            f"rope over {rope}; expected whole groups of heads and one even size"
         )
     return dims | {"head_dim": size, "q": heads * size, "k": kv_heads * size}
 
@@ -359,12 +354,11 @@ def _check_tensors(tensors: dict[str, _Tensor], dims: dict[str, int], tied: bool
 
 
 def _check_extents(infos: list[_Tensor], size: int) -> None:
-    last = max(infos, key=lambda t: t.end)
-    if last.end > size:
-        first = min((t for t in infos if t.end > size), key=lambda t: t.offset)
+    if beyond := [t for t in infos if t.end > size]:
+        first = min(beyond, key=lambda t: t.offset)
         raise DamagedError(
-            f"truncated: tensor {first.name} ends at byte {first.end}, the file has {size} (of "
-            f"{last.end}). Fetch the file again"
+            f"truncated: tensor {first.name} ends at byte {first.end}, the file has {size}. "
+            "Fetch the file again"
         )
 
 
@@ -445,7 +439,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, context: int) -> dict[str
 def _check_range(block: np.ndarray, tensor: _Tensor, dtype: mx.Dtype) -> None:
     if dtype == mx.float16 and tensor.type != GGMLQuantizationType.F16:
         top = float(np.abs(block).max())
-        if top > np.finfo(np.float16).max:
+        if top > 65504:
             raise ModelError(f"{tensor.name} holds {top:g}, beyond float16; choose bfloat16")
 
 

@@ -84,7 +84,7 @@ def check(meta: dict[str, Any]) -> None:
     if twice or "" in tokens:
         raise ModelError(f"tokens that are empty or occur twice: {twice[:8] or ['']}")
     special = _special_ids(meta)
-    if bad := {k: v for k, v in special.items() if not 0 <= v < len(tokens)}:
+    if bad := {k: v for k, v in special.items() if v not in range(len(tokens))}:
         raise ModelError(f"special tokens {bad}; expected ids below {len(tokens)}")
     for name in ("bos", "eos"):
         if meta.get(f"tokenizer.ggml.add_{name}_token") and name not in special:
@@ -97,11 +97,9 @@ def check(meta: dict[str, Any]) -> None:
 
 def config_ids(meta: dict[str, Any]) -> dict[str, Any]:
     """bos_token_id, eos_token_id (a list if there are several) and pad_token_id, where known."""
-    ids: dict[str, Any] = {f"{k}_token_id": v for k, v in _special_ids(meta).items() if k != "unk"}
-    ends = _end_ids(meta)
-    if len(ends) > 1:
-        ids["eos_token_id"] = ends
-    return {k: v for k, v in ids.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special, ends = _special_ids(meta), _end_ids(meta)
+    ids: dict[str, Any] = {f"{k}_token_id": special[k] for k in ("bos", "pad") if k in special}
+    return ids | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
 
 def write(meta: dict[str, Any], out: Path, max_length: int) -> None:
@@ -112,16 +110,13 @@ def write(meta: dict[str, Any], out: Path, max_length: int) -> None:
     _add_tokens(tokenizer, meta)
     _add_ends(tokenizer, meta)
     tokenizer.save(str(out / "tokenizer.json"))
-    tokens = meta["tokenizer.ggml.tokens"]
-    special = _special_ids(meta)
+    tokens, special = meta["tokenizer.ggml.tokens"], _special_ids(meta)
+    named = [k for k in ("bos", "eos", "unk", "pad") if k in special]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
-    }
-    config |= {
-        f"{k}_token": tokens[i] for k, i in special.items() if k in ("bos", "eos", "unk", "pad")
-    }
+    } | {f"{name}_token": tokens[special[name]] for name in named}
     if template := meta.get("tokenizer.chat_template"):
         config["chat_template"] = template
     _save(out / "tokenizer_config.json", config)

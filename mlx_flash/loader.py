@@ -109,13 +109,13 @@ class Flash:
     def weights(
         self,
         resident: dict[str, mx.array],
-        sanitize: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+        sanitize: Callable[[dict[str, mx.array]], Any],
     ) -> dict[str, mx.array]:
         """The resident weights and those of the layers that are kept, read now.
 
-        ``sanitize`` leaves mlx-lm's own weights as they are but may set the model up by what is
-        among them (gemma3 ties its head), so it is shown every name; the streamed ones are
-        placeholders that nothing evaluates.
+        The directory's weights are sanitised already, but mlx-lm's ``sanitize`` may also set the
+        model up by what is among them (gemma3 ties its head), so it is shown every name, the
+        streamed ones as placeholders that nothing evaluates; what it returns is not used.
         """
         weights = dict(resident)
         streamed = set()
@@ -126,7 +126,8 @@ class Flash:
                 found = placeholders(self.directory.rows, i, self.directory.ffn)
                 streamed |= {f"{path}.{name}.weight" for name in found}
             weights |= {f"{path}.{name}.weight": weight for name, weight in found.items()}
-        return {k: v for k, v in sanitize(weights).items() if k not in streamed}
+        sanitize(dict(weights))
+        return {name: weight for name, weight in weights.items() if name not in streamed}
 
     def start(self, model: nn.Module) -> None:
         """Put the streaming FFNs in place."""
