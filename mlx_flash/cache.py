@@ -27,16 +27,29 @@ DTYPES = {
     "U8": mx.uint8,
     "U32": mx.uint32,
 }
+UNITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+LARGEST = 2**31 - 1  # elements of an MLX array along one axis
+UNSETTLED = 64  # so many results are kept for later at most
 
 
-def aligned_bytes(nbytes: int) -> tuple[mx.array, np.ndarray]:
-    """``nbytes`` of page-aligned memory as a uint8 MLX array and a writable view of the same."""
-    raw = mx.zeros((nbytes + PAGE,), mx.uint8)
+def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np.ndarray]:
+    """``nbytes`` of page-aligned memory as an MLX array and a writable uint8 view of the same.
+
+    MLX counts elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
+    """
+    count = -(-nbytes // dtype.size)
+    if count + PAGE > LARGEST:
+        raise CacheError(f"{nbytes} bytes of slots are more than one MLX array holds")
+    raw = mx.zeros((count + PAGE // dtype.size,), dtype)
     mx.eval(raw)
-    skip = -np.array(raw, copy=False).ctypes.data % PAGE
-    aligned = raw[skip : skip + nbytes]
+    skip = -np.array(raw, copy=False).ctypes.data % PAGE // dtype.size
+    aligned = raw[skip : skip + count]
     mx.eval(aligned)
-    return aligned, np.array(aligned, copy=False)
+    return aligned, _bytes_of(aligned)
+
+
+def _bytes_of(array: mx.array) -> np.ndarray:
+    return np.array(array, copy=False).view(np.uint8)
 
 
 class SlotMemory:
@@ -45,13 +58,19 @@ class SlotMemory:
     ``arrays[name]`` is an MLX array [capacity, width], ``views`` the same memory as uint8 arrays
     [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
     to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
-    another one, at least as large, out for fewer rows.
+    another one, at least as large, out for fewer rows. ``nbytes`` counts memory of its own.
     """
 
     def __init__(self, layout: RowLayout, capacity: int, share: SlotMemory | None = None) -> None:
         self.capacity = capacity
+        unit = UNITS[min(DTYPES[part.dtype].size for part in layout.parts)]
         nbytes = capacity * sum(layout.extents)
-        self._memory, view = aligned_bytes(nbytes) if share is None else share.first(nbytes)
+        if share is None:
+            self._memory, view = aligned_bytes(nbytes, unit)
+            self.nbytes = self._memory.nbytes + PAGE
+        else:
+            self._memory, view = share.first(nbytes)
+            self.nbytes = 0
         self.arrays: dict[str, mx.array] = {}
         self.views: list[np.ndarray] = []
         self._spans: dict[str, tuple[int, int, mx.Dtype]] = {}
@@ -64,15 +83,13 @@ class SlotMemory:
             self.views.append(view[at:stop].reshape(capacity, extent))
             at = stop
 
-    @property
-    def nbytes(self) -> int:
-        return self._memory.nbytes + PAGE
-
     def first(self, nbytes: int) -> tuple[mx.array, np.ndarray]:
         """The first bytes of this memory, to lay out another way; both then overlap."""
-        part = self._memory[:nbytes]
+        if nbytes > self._memory.nbytes:
+            raise CacheError(f"{self._memory.nbytes} bytes of slots cannot be shared as {nbytes}")
+        part = self._memory[: nbytes // self._memory.itemsize]
         mx.eval(part)
-        return part, np.array(part, copy=False)
+        return part, _bytes_of(part)
 
     def joined(self, first: str, second: str) -> mx.array:
         """Two parts that lie behind each other as one array [2 * capacity, width], not copied."""
@@ -87,13 +104,17 @@ class SlotMemory:
         return self._typed(start, stop, dtype, 2 * self.capacity)
 
     def _typed(self, start: int, stop: int, dtype: mx.Dtype, rows: int) -> mx.array:
-        array = self._memory[start:stop].view(dtype).reshape(rows, -1)
+        size = self._memory.itemsize
+        array = self._memory[start // size : stop // size].view(dtype).reshape(rows, -1)
         mx.eval(array)
         return array
 
 
 class Policy(Protocol):
-    """Which cached rows leave. Rows are int arrays; a step is one call of ``used``."""
+    """Which cached rows leave. Rows are int arrays; a step is one call of ``used``.
+
+    Active rows never leave, whatever a policy says of them.
+    """
 
     def used(self, rows: np.ndarray) -> None:
         """These rows are active in the step that begins now."""
@@ -160,8 +181,15 @@ class SlotTable:
     def update(self, active: np.ndarray, policy: Policy) -> Update:
         """Make room for the active rows (sorted, distinct) and enter them.
 
-        Raises CacheError when there are more active rows than slots; nothing is changed then.
+        Raises CacheError when there are more active rows than slots, or when they are no such
+        rows; nothing is changed then.
         """
+        if active.ndim != 1 or active.dtype.kind not in "iu":
+            raise CacheError(f"active rows must be ints, got {active.dtype} {active.shape}")
+        if active.size and not (
+            active[0] >= 0 and active[-1] < self.rows and bool((active[1:] > active[:-1]).all())
+        ):
+            raise CacheError(f"active rows must be sorted, distinct and below {self.rows}")
         if active.size > self.capacity:
             raise CacheError(
                 f"{active.size} rows are active at once, the cache has {self.capacity} slots; "
@@ -184,14 +212,15 @@ class SlotTable:
         cached = self.row_in[: self.num_used]
         needed = self.slot_of[active]
         needed = needed[needed >= 0]
-        leaving = policy.expired(cached)
+        leaving = np.array(policy.expired(cached), bool)
         leaving[needed] = False
         lacking = wanted - (self.capacity - self.num_used) - int(leaving.sum())
         if lacking > 0:
-            rank = policy.rank(cached).astype(np.float64)
-            rank[leaving] = np.inf
-            rank[needed] = np.inf
-            leaving[np.argpartition(rank, lacking - 1)[:lacking]] = True
+            staying = ~leaving
+            staying[needed] = False
+            others = np.flatnonzero(staying)
+            rank = np.asarray(policy.rank(cached[others]))
+            leaving[others[np.argpartition(rank, lacking - 1)[:lacking]]] = True
         holes = np.flatnonzero(leaving).astype(np.int32)
         self.slot_of[cached[holes]] = -1
         self.row_in[holes] = -1
@@ -248,13 +277,16 @@ class RowCache:
         failed read the cache is empty.
         """
         update = self.table.update(active, self.policy)
-        if update.load_rows.size or update.move_to.size:
-            mx.eval(self._built_on)
-            self._built_on.clear()
-        for view in self.memory.views:
-            view[update.move_to] = view[update.move_from]
+        changes = update.load_rows.size or update.move_to.size
         try:
-            self._reader.read(self.layer, update.load_rows, update.load_slots, self.memory.views)
+            if changes or len(self._built_on) > UNSETTLED:
+                mx.eval(self._built_on)
+                self._built_on.clear()
+            if changes:
+                views = self.memory.views
+                for view in views:
+                    view[update.move_to] = view[update.move_from]
+                self._reader.read(self.layer, update.load_rows, update.load_slots, views)
         except BaseException:
             self._drop_all()
             raise
@@ -272,8 +304,9 @@ class RowCache:
 
     def rows(self) -> np.ndarray:
         """Which row each slot of the used prefix holds, int32 [num_used]."""
-        return self.table.row_in[: self.table.num_used]
+        return self.table.row_in[: self.table.num_used].copy()
 
     def _drop_all(self) -> None:
-        """After a failed read no slot can be trusted: begin empty."""
+        """After a failure no slot can be trusted: begin empty."""
         self.table = SlotTable(self.table.rows, self.table.capacity)
+        self._built_on.clear()

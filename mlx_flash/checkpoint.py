@@ -19,8 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 
-from . import families
-from .directory import read_config
+from .directory import find_ffn, read_config
 from .errors import DamagedError, ModelError
 from .gguf_source import GGUFCheckpoint
 
@@ -28,6 +27,8 @@ FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 NOT_SIDE_FILES = ("config.json", "*.index.json", "*.safetensors*")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
+LISTED = 20  # offenders named in a message
 
 
 class Checkpoint(Protocol):
@@ -45,7 +46,7 @@ class Checkpoint(Protocol):
         """Put tokenizer files, licence and card into a directory."""
 
 
-def open_checkpoint(source: str, dtype: str | None = None) -> Checkpoint:
+def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
     """Open a GGUF file, a Hugging Face directory or a hub name.
 
     Args:
@@ -55,30 +56,33 @@ def open_checkpoint(source: str, dtype: str | None = None) -> Checkpoint:
     if dtype is not None and dtype not in FLOATS:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
     path = Path(source)
-    if path.is_file():
-        if path.suffix != ".gguf":
+    try:
+        is_file, exists = path.is_file(), path.exists()
+    except OSError as error:
+        raise ModelError(f"no such model: {source}: {error.strerror}") from error
+    if is_file:
+        if path.suffix.lower() != ".gguf":
             raise ModelError(
                 f"{path} is a file but no .gguf; expected a GGUF file, a Hugging Face directory "
                 "or a hub name"
             )
         return GGUFCheckpoint(path, dtype)
-    if not path.exists():
-        path = _download(source)
+    if not exists:
+        path = _download(str(source))
     return HFCheckpoint(path, dtype)
 
 
 def _download(name: str) -> Path:
-    if not HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name) or name.lower().endswith(".gguf"):
         raise ModelError(
             f"no such model: {name!r} is neither a file, nor a directory, nor a hub name (org/name)"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = [*utils.DEFAULT_ALLOW_PATTERNS, "LICENSE*", "README.md"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own, its HTTP library's, the disk's: all are no model
         raise ModelError(
             f"no such model: {name!r} is not a directory here and could not be fetched from the "
             f"Hugging Face hub: {error}"
@@ -93,22 +97,38 @@ class HFCheckpoint:
 
     def __init__(self, path: Path, dtype: str | None = None) -> None:
         self.path = path
-        self.config = utils._decode_tagged_floats(read_config(path))
-        families.find(self.config)
-        _refuse_quantised(self.config)
+        self.config = read_config(path)
+        _refuse_unfit(path, self.config)
+        find_ffn(self.config, path)
         self._dtype = FLOATS[dtype] if dtype else None
-        files = _weight_files(path)
-        self.fingerprint = _fingerprint(path, files)
-        self._weights = _load_lazily(self.config, files)
+        try:
+            files = _weight_files(path)
+            self.fingerprint = _fingerprint(path, files)
+        except OSError as error:
+            raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
+        self._weights = _load_lazily(path, self.config, files)
         self.shapes = {name: tuple(w.shape) for name, w in self._weights.items()}
         self.dtypes = {name: self._target(name, w.dtype) for name, w in self._weights.items()}
         if dtype:
-            self.config["torch_dtype"] = dtype
+            key = "dtype" if "dtype" in self.config else "torch_dtype"
+            self.config[key] = dtype
 
     def take(self, name: str) -> mx.array:
-        weight = self._weights.pop(name).astype(self.dtypes[name])
-        mx.eval(weight)
-        return weight
+        weight = self._weights.pop(name)
+        cast = weight.astype(self.dtypes[name])
+        try:
+            mx.eval(cast)
+        except RuntimeError as error:
+            raise DamagedError(
+                f"tensor {name} of {self.path} cannot be read: {error}; get the checkpoint again"
+            ) from error
+        narrowed = cast.dtype == mx.float16 and weight.dtype != mx.float16
+        if narrowed and mx.any(mx.isinf(cast) & mx.isfinite(weight)).item():
+            raise ModelError(
+                f"tensor {name} has values that float16 cannot hold; "
+                "choose --dtype bfloat16 or float32"
+            )
+        return cast
 
     def write_tokenizer(self, out: Path) -> None:
         for pattern in SIDE_FILES:
@@ -119,29 +139,42 @@ class HFCheckpoint:
     def _target(self, name: str, dtype: mx.Dtype) -> mx.Dtype:
         if dtype not in FLOATS.values():
             raise ModelError(
-                f"tensor {name} is {dtype}; expected one of {', '.join(FLOATS)} "
-                "(quantised checkpoints are not supported yet)"
+                f"tensor {name} is {str(dtype).rpartition('.')[2]}; expected one of "
+                f"{', '.join(FLOATS)} (quantised checkpoints are not supported yet)"
             )
         return self._dtype or dtype
 
 
-def _refuse_quantised(config: dict[str, Any]) -> None:
-    for key in ("quantization", "quantization_config"):
-        if config.get(key):
-            raise ModelError(
-                f"the checkpoint is quantised ({key} in config.json), which this version cannot "
-                "page; use the float checkpoint, or a GGUF"
-            )
+def _refuse_unfit(path: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError for what is no plain float checkpoint of mlx-lm's own classes."""
+    if "flash" in config:
+        raise ModelError(f"{path} is a model directory already; convert the checkpoint it is from")
+    if config.get("model_file"):
+        raise ModelError(
+            f"{path} brings its own code ({config['model_file']}), which is not run; "
+            "expected a model that mlx-lm has"
+        )
+    text = config.get("text_config")
+    configs = [config, text if isinstance(text, dict) else {}]
+    keys = ("quantization", "quantization_config")
+    found = [f"{key} in config.json" for c in configs for key in keys if c.get(key)]
+    if (path / "hf_quant_config.json").exists():
+        found.append("hf_quant_config.json")
+    if found:
+        raise ModelError(
+            f"{path} is quantised ({found[0]}), which this version cannot page; "
+            "use the float checkpoint, or a GGUF"
+        )
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [path / name for name in sorted(set(names))]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index} is not a safetensors index: {error!r}") from error
-        files = [path / name for name in names]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ModelError(
                 f"{path} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}; "
@@ -164,13 +197,16 @@ def _check_complete(file: Path) -> None:
     with open(file, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
         try:
-            if not 0 < size <= found - 8:
+            if not 0 < size <= min(found - 8, MAX_HEADER):
                 raise ValueError(f"a header of {size} bytes in a file of {found}")
             header = json.loads(f.read(size))
             ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{file} is truncated or no safetensors file: {error}") from error
-    if (expected := 8 + size + max(ends, default=0)) > found:
+            expected = 8 + size + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(
+                f"{file} is truncated or no safetensors file: {error}; download it again"
+            ) from error
+    if expected > found:
         raise DamagedError(
             f"{file} is truncated: {found} bytes found, {expected} expected; download it again"
         )
@@ -184,30 +220,37 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _load_lazily(config: dict[str, Any], files: list[Path]) -> dict[str, mx.array]:
+def _load_lazily(path: Path, config: dict[str, Any], files: list[Path]) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
             weights.update(mx.load(str(file)))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
-    model_class, args_class = utils._get_classes(config)
     try:
+        model_class, args_class = utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        expected = dict(tree_flatten(model.parameters()))
+    except Exception as error:  # the config drives foreign code, which may fail in any way
         raise ModelError(
-            f"config.json of model_type {config['model_type']!r} makes no model: {error}"
+            f"{path / 'config.json'} makes no {config['model_type']} model: "
+            f"{type(error).__name__}: {error}"
         ) from error
+    if not model.layers:
+        raise ModelError(f"{path / 'config.json'} makes a model without layers")
     if hasattr(model, "sanitize"):
         try:
             weights = model.sanitize(weights)
-        except (KeyError, ValueError) as error:
-            raise ModelError(f"a tensor is missing or of the wrong shape: {error}") from error
-    _compare(dict(tree_flatten(model.parameters())), weights)
+        except Exception as error:  # the same
+            raise ModelError(
+                f"the tensors of {path} do not fit config.json, one is missing or of the wrong "
+                f"shape: {type(error).__name__}: {error}"
+            ) from error
+    _compare(path, expected, weights)
     return weights
 
 
-def _compare(expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
+def _compare(path: Path, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
     """Raise a ModelError that lists tensors missing, extra and of the wrong shape."""
     problems = [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"not expected: {name}" for name in sorted(found.keys() - expected.keys())]
@@ -217,6 +260,7 @@ def _compare(expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
         if found[name].shape != expected[name].shape
     ]
     if problems:
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:20])
-        raise ModelError(f"the tensors do not fit config.json:{listed}{more}")
+        more = len(problems) - LISTED
+        listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])
+        listed += f"\n  and {more} more" if more > 0 else ""
+        raise ModelError(f"the tensors of {path} do not fit config.json:{listed}")

@@ -8,7 +8,9 @@ until the arguments are known to be good.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import os
 import sys
 import time
@@ -80,22 +82,41 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no error
     try:
-        return args.run(args)
+        code = args.run(args)
+        print(end="", flush=True)
+        return code
     except FlashError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        sys.stdout.flush()
         return _fail(getattr(args, "interrupted", "interrupted"), 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _quiet(1)
     except OSError as error:
         return _fail(f"{error.filename or args.command}: {error.strerror or error}", 2)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mlx_flash: {message}", file=sys.stderr)
+    """Say what is wrong behind all that was printed before."""
+    try:
+        print(end="", flush=True)
+        print(f"mlx_flash: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        return _quiet(code)
+    return code
+
+
+def _quiet(code: int) -> int:
+    """Nobody reads any more: let the interpreter's last flush go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
     return code
 
 
@@ -132,6 +153,8 @@ def run_generate(args: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(directory)
     prompt = _prompt_tokens(args, tokenizer)
+    if not prompt:
+        raise UsageError("the prompt has no tokens for this model's tokenizer; give another one")
     context = len(prompt) + args.max_tokens
     limit = directory.config.get("max_position_embeddings")
     if limit and context > limit:
@@ -143,29 +166,63 @@ def run_generate(args: argparse.Namespace) -> int:
     result = _stream(args, model, tokenizer, prompt)
     _summary(result)
     if args.stats:
-        temporary = args.stats.with_name(args.stats.name + ".writing")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(args.stats)
+        _write_stats(args.stats, result)
     return 0
 
 
 def _check_generate(args: argparse.Namespace) -> None:
     if args.max_tokens < 1:
         raise UsageError(f"--max-tokens is at least 1, got {args.max_tokens}")
-    if args.temp < 0:
-        raise UsageError(f"--temp is not negative, got {args.temp}")
+    if not 0 <= args.temp < math.inf:
+        raise UsageError(f"--temp is a number from 0 on, got {args.temp}")
     if not 0 <= args.top_p <= 1:
         raise UsageError(f"--top-p is from 0 to 1, got {args.top_p}")
     if args.top_k < 0:
         raise UsageError(f"--top-k is not negative, got {args.top_k}")
+    if args.seed is not None and not 0 <= args.seed < 2**64:
+        raise UsageError(f"--seed is from 0 to 2^64 - 1, got {args.seed}")
     if args.ram is not None:
         parse_ram(args.ram)
-    if args.prompt == "-":
-        args.prompt = sys.stdin.read()
+    args.prompt = _text(args.prompt)
     if not args.prompt.strip():
         raise UsageError("the prompt is empty; give --prompt TEXT, or '-' and text on stdin")
-    if args.stats and not args.stats.parent.is_dir():
-        raise UsageError(f"--stats {args.stats}: {args.stats.parent} is no directory")
+    if args.stats:
+        _check_stats(args.stats)
+
+
+def _text(prompt: str) -> str:
+    """The prompt, from stdin where it is '-'; UsageError unless it is text."""
+    try:
+        if prompt == "-":
+            prompt = sys.stdin.read() if sys.stdin else ""
+        prompt.encode()  # fails on bytes that were taken in though they are no text
+    except UnicodeError as error:
+        raise UsageError(f"the prompt is not text in UTF-8: {error}") from error
+    return prompt
+
+
+def _check_stats(file: Path) -> None:
+    """Raise UsageError where figures could not be written: better now than after the work."""
+    if not file.parent.is_dir():
+        raise UsageError(f"--stats {file}: {file.parent} is no directory")
+    if file.is_dir():
+        raise UsageError(f"--stats {file} is a directory; give a file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UsageError(f"--stats {file} cannot be written: no permission")
+
+
+def _write_stats(file: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=2) + "\n"
+    if file.exists() and not file.is_file():  # a pipe or a device: not to be replaced
+        file.write_text(text)
+        return
+    file = file.resolve()
+    temporary = file.with_name(file.name + ".writing")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _prompt_tokens(args: argparse.Namespace, tokenizer: Any) -> list[int]:
@@ -176,7 +233,13 @@ def _prompt_tokens(args: argparse.Namespace, tokenizer: Any) -> list[int]:
     messages = [{"role": "user", "content": args.prompt}]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the model's authors
+        raise UsageError(
+            f"the model's chat template refuses the messages ({error}); "
+            "try without --system-prompt, or with --ignore-chat-template"
+        ) from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -192,7 +255,9 @@ def _stream(
 
     if args.seed is not None:
         mx.random.seed(args.seed)
-    sampler = make_sampler(args.temp, top_p=args.top_p, top_k=args.top_k)
+    vocabulary = getattr(getattr(model, "args", None), "vocab_size", math.inf)
+    top_k = args.top_k if args.top_k < vocabulary else 0
+    sampler = make_sampler(args.temp, top_p=args.top_p, top_k=top_k)
     flash = getattr(model, "flash", None)
     tokens: list[int] = []
     text = ""
@@ -200,14 +265,18 @@ def _stream(
     first, before = began, flash.stats() if flash else None
     print("=" * 10)
     response = None
-    for response in stream_generate(
-        model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
-    ):
-        if not tokens:
-            first, before = time.perf_counter(), flash.stats() if flash else None
-        tokens.append(response.token)
-        text += response.text
-        print(response.text, end="", flush=True)
+    try:
+        for response in stream_generate(
+            model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
+        ):
+            if not tokens:
+                first, before = time.perf_counter(), flash.stats() if flash else None
+            tokens.append(response.token)
+            text += response.text
+            print(response.text, end="", flush=True)
+    except (FlashError, KeyboardInterrupt):
+        print()
+        raise
     ended = time.perf_counter()
     print("\n" + "=" * 10)
     if response is None:
@@ -260,7 +329,7 @@ def _summary(result: dict[str, Any]) -> None:
     limit = f" of {show(budget)}" if budget else ""
     print(f"Peak memory: {result['peak_footprint_bytes'] / 1e9:.3f} GB{limit}, whole process")
     flash = result["flash"]
-    if not flash:
+    if not flash or not flash["forwards"]:  # a single token is the prompt's doing
         return
     rows = flash["hits"] + flash["misses"]
     layers = flash["kept_layers"] + flash["streamed_layers"]
@@ -281,6 +350,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     """``mlx_flash inspect``."""
     from .directory import ModelDirectory
 
+    if args.context is not None and args.context < 1:
+        raise UsageError(f"--context is at least 1, got {args.context}")
     directory = ModelDirectory(args.model)
     from .inspection import describe, report
 

@@ -1,22 +1,19 @@
 """A checkpoint to a model directory, one layer at a time.
 
-Everything is written into ``OUT.partial`` beside the target and becomes OUT by one rename at the
-end. After an interruption at any moment the same command goes on at the first layer whose hash
-does not hold; what comes out is the same to the byte.
+After an interruption at any moment the same command goes on at the first layer whose hash does not
+hold; what comes out is the same to the byte.
 
-Knows: order of work, disk space, what may be overwritten. Does not know: file formats of sources
-(``checkpoint``, ``gguf_source``) or of rows (``rows``).
+Knows: order of work, what a row is made of. Does not know: file formats of sources
+(``checkpoint``, ``gguf_source``) or of rows (``rows``), what may be overwritten (``output``).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +21,23 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import utils
 
-from . import families
-from .budget import show
+from . import families, output
 from .cache import DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
-from .directory import FORMAT_VERSION, ROW_FILE
-from .errors import ConvertError, ModelError
+from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_ffn
+from .errors import ModelError
 from .families import Ffn
 from .rows import RowFileWriter, RowLayout, file_bytes, sha256_of
 
 BLOCK_BYTES = 16 << 20
 SHARD_BYTES = 5 * 10**9
-MARGIN_BYTES = 32 << 20  # tokenizer files, file system overhead
+INDEX = "model.safetensors.index.json"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-RAW = {2: np.uint16, 4: np.uint32}
 Progress = Callable[[int], Any]
 
 
 def convert(
-    source: str,
+    source: str | Path,
     out: str | Path,
     *,
     dtype: str | None = None,
@@ -57,19 +52,20 @@ def convert(
         dtype: float16, bfloat16 or float32; None keeps the checkpoint's float type (bfloat16 for
             a quantised GGUF).
         force: replace an existing model directory, at the end and only when all is done.
-        progress: called first as (total bytes, "total"), then as (bytes, "layer 3") or the like.
+        progress: called first as (total bytes, "total"), then as (bytes, "layer 3") or the like;
+            these add up to the total.
 
     Raises:
         ModelError, DamagedError: the source is missing, unknown, damaged or contradicts itself.
         ConvertError: the output exists, cannot be written, or the disk is too small.
     """
-    out = Path(out)
-    _check_target(out, force)
+    target = Path(out).absolute()
+    output.check_target(target, force, source)
     checkpoint = open_checkpoint(source, dtype)
-    job = _Job(checkpoint, dtype, Path(source).name)
-    partial = out.with_name(out.name + ".partial")
-    with _working_directory(partial, job.key):
-        _check_disk(partial, job.total_bytes)
+    job = _Job(checkpoint, dtype, Path(source).absolute().name)
+    output.check_disk(target, job.disk_bytes)
+    with output.working_directory(target, job.key) as partial:
+        output.check_target(target, force, source)  # again, now that nobody else writes it
         report = progress or (lambda _bytes, _what: None)
         report(job.total_bytes, "total")
         limit = mx.set_cache_limit(0)
@@ -77,9 +73,9 @@ def convert(
             job.run(partial, report)
         finally:
             mx.set_cache_limit(limit)
-        (partial / "convert.json").unlink()
-        _replace(partial, out)
-    return out
+        output.check_target(target, force, source)  # and again: hours may have passed
+        output.replace(partial, target)
+    return Path(out)
 
 
 class _Job:
@@ -87,7 +83,7 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, dtype: str | None, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
-        self.ffn = families.find(checkpoint.config)
+        self.ffn = find_ffn(checkpoint.config, Path(name))
         self.layers = _ffn_names(checkpoint, self.ffn)
         down = [names["down"] for names in self.layers]
         self.d_model = checkpoint.shapes[down[0]][0]
@@ -96,30 +92,40 @@ class _Job:
         types = {checkpoint.dtypes[name] for name in weights}
         if len(types) != 1:
             raise ModelError(
-                f"FFN weights are of several types ({', '.join(sorted(map(str, types)))}); "
+                f"FFN weights are of several types ({', '.join(sorted(CODES[t] for t in types))}); "
                 "choose one with --dtype"
             )
         self.dtype = types.pop()
         self.layout = RowLayout.plan(self.ffn.parts, CODES[self.dtype], self.d_model)
         self.shards = _shards(checkpoint, sorted(checkpoint.shapes.keys() - weights))
-        text = json.dumps([FORMAT_VERSION, checkpoint.fingerprint, dtype, self.layout.to_json()])
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:32]
-        resident = sum(_nbytes(checkpoint, n) for names in self.shards.values() for n in names)
-        self.total_bytes = file_bytes(self.layout, self.rows, self.key) + resident
+        what = [checkpoint.config, self.layout.to_json(), self.rows, self.shards]
+        self.row_source = _digest([FORMAT_VERSION, *what])
+        self.key = _digest([self.row_source, checkpoint.fingerprint, dtype])
+        resident = sum(_sum_bytes(checkpoint, names) for names in self.shards.values())
+        self.total_bytes = self.layout.stride * sum(self.rows) + resident
+        self.disk_bytes = file_bytes(self.layout, self.rows, self.row_source) + resident
 
     def run(self, partial: Path, report: Callable[[int, str], Any]) -> None:
+        """Write all that is not there yet; config.json comes last."""
         fingerprint = self._write_rows(partial / ROW_FILE, report)
         for name, tensors in self.shards.items():
-            if not (partial / name).exists():
+            if (partial / name).exists():
+                report(_sum_bytes(self.checkpoint, tensors), f"{name} was there")
+            else:
                 _write_shard(partial / name, self.checkpoint, tensors, report)
+        for file in partial.iterdir():
+            if file.name not in {ROW_FILE, output.MARKER, *self.shards}:
+                file.unlink()
         self._write_index(partial)
         self.checkpoint.write_tokenizer(partial)
-        ours = {ROW_FILE, "convert.json", "config.json"}
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-            for file in sorted(partial.iterdir())
-            if file.is_file() and file.name not in ours
-        }
+        files = {}
+        for file in sorted(partial.iterdir()):
+            if file.name not in (ROW_FILE, output.MARKER):
+                output.sync(file)
+                files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        self._write_config(partial / "config.json", fingerprint, files)
+
+    def _write_config(self, path: Path, fingerprint: str, files: dict[str, Any]) -> None:
         flash = {
             "format_version": FORMAT_VERSION,
             "row_file": ROW_FILE,
@@ -127,15 +133,19 @@ class _Job:
             "unit": "neuron",
             "activation": self.ffn.activation,
             "parts": list(self.ffn.parts),
+            "layout": self.layout.to_json(),
             "dtype": CODES[self.dtype],
+            "parameters": sum(math.prod(shape) for shape in self.checkpoint.shapes.values()),
             "source": self.name,
             "files": files,
         }
-        config = utils._encode_tagged_floats({**self.checkpoint.config, "flash": flash})
-        _write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")
+        config = json.loads(json.dumps({**self.checkpoint.config, "flash": flash}))
+        config["flash"]["config_sha256"] = config_sha256(config)
+        config = utils._encode_tagged_floats(config)
+        output.write_text(path, json.dumps(config, indent=2) + "\n")
 
     def _write_rows(self, path: Path, report: Callable[[int, str], Any]) -> str:
-        writer = RowFileWriter(path, self.layout, self.rows, self.key)
+        writer = RowFileWriter(path, self.layout, self.rows, self.row_source)
         try:
             for layer, names in enumerate(self.layers):
                 if layer < writer.next_layer():
@@ -170,9 +180,14 @@ class _Job:
         if len(self.shards) == 1:
             return
         where = {name: shard for shard, names in self.shards.items() for name in names}
-        total = sum(_nbytes(self.checkpoint, name) for name in where)
+        total = sum(_sum_bytes(self.checkpoint, names) for names in self.shards.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        _write_text(partial / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        output.write_text(partial / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _digest(what: Any) -> str:
+    text = json.dumps(what, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _ffn_names(checkpoint: Checkpoint, ffn: Ffn) -> list[dict[str, str]]:
@@ -205,7 +220,11 @@ def _raw(array: mx.array) -> np.ndarray:
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
-    return int(np.prod(checkpoint.shapes[name])) * checkpoint.dtypes[name].size
+    return math.prod(checkpoint.shapes[name]) * checkpoint.dtypes[name].size
+
+
+def _sum_bytes(checkpoint: Checkpoint, names: Sequence[str]) -> int:
+    return sum(_nbytes(checkpoint, name) for name in names)
 
 
 def _shards(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, list[str]]:
@@ -248,99 +267,8 @@ def _write_shard(
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             data = _raw(checkpoint.take(name))
-            f.write(memoryview(np.ascontiguousarray(data)).cast("B"))
+            f.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             report(data.nbytes, name)
         f.flush()
         os.fsync(f.fileno())
     temporary.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _check_target(out: Path, force: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise ConvertError(f"{out} exists; choose another --mlx-path, or replace it with --force")
-    if not _is_ours(out):
-        raise ConvertError(
-            f"{out} exists and is no model directory made by mlx_flash; it is not replaced, "
-            "not even with --force"
-        )
-
-
-def _is_ours(out: Path) -> bool:
-    if not out.is_dir() or out.is_symlink():
-        return False
-    if not any(out.iterdir()):
-        return True
-    try:
-        return "flash" in json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def _working_directory(partial: Path, key: str) -> Iterator[None]:
-    """Take over or make the directory of an unfinished conversion, for this process alone."""
-    marker = partial / "convert.json"
-    if partial.exists() and not marker.is_file() and any(partial.iterdir()):
-        raise ConvertError(f"{partial} is in the way and not made by mlx_flash; move it")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConvertError(f"cannot write {partial}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConvertError(f"another conversion is writing {partial}; wait for it") from None
-        if os.pread(lock, 64, 0).decode(errors="replace") != key:
-            for file in partial.iterdir():
-                if file != marker:
-                    file.unlink() if not file.is_dir() else shutil.rmtree(file)
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, key.encode(), 0)
-        yield
-    except OSError as error:
-        if isinstance(error, ConvertError | ModelError) or error.errno is None:
-            raise
-        raise ConvertError(
-            f"writing {partial} failed: {error.strerror}; "
-            "make room and run the same command again, it goes on where it stopped"
-        ) from error
-    finally:
-        os.close(lock)
-
-
-def _check_disk(partial: Path, total: int) -> None:
-    there = sum(f.stat().st_blocks * 512 for f in partial.iterdir() if f.is_file())
-    free = shutil.disk_usage(partial).free
-    if (needed := total + MARGIN_BYTES - there) > free:
-        raise ConvertError(
-            f"not enough disk for {partial}: {show(needed)} needed, {show(free)} free; "
-            "make room or choose another --mlx-path"
-        )
-
-
-def _replace(partial: Path, out: Path) -> None:
-    """Give the finished directory its name; an old one goes only after that."""
-    old = out.with_name(out.name + ".old")
-    if out.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        out.rename(old)
-    partial.rename(out)
-    if old.exists():
-        shutil.rmtree(old)
-    directory = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -6,43 +6,73 @@ are used. Opening reads headers only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import families
-from .errors import DamagedError, FlashError, ModelError, RowFileError
+from .errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from .families import Ffn
 from .rows import RowFile, sha256_of
 
 FORMAT_VERSION = 1
 ROW_FILE = "ffn_rows.safetensors"
+# How transformers writes floats that JSON has no word for: {"__float__": "Infinity"}.
+TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a directory as a dict; ModelError where there is none that can be read."""
-    if not path.is_dir():
-        raise ModelError(f"no such model directory: {path}")
     file = path / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{path} has no config.json; expected a Hugging Face model directory")
     try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
+        if not path.is_dir():
+            raise ModelError(f"no such model directory: {path}")
+        if not file.is_file():
+            raise ModelError(f"{path} has no config.json; expected a Hugging Face model directory")
+        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_untagged)
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds {type(config).__name__}, expected a JSON object")
     return config
 
 
+def _untagged(value: dict[str, Any]) -> Any:
+    if value.keys() == {"__float__"} and isinstance(tag := value["__float__"], str):
+        return TAGGED_FLOATS.get(tag, value)
+    return value
+
+
+def find_ffn(config: dict[str, Any], path: Path) -> Ffn:
+    """``families.find`` for the config of a directory; its errors name the file."""
+    try:
+        return families.find(config)
+    except FlashError as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path / 'config.json'} makes no sense: {error}") from error
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """Hash of a config but for the place where the hash itself is kept."""
+    flash = {key: value for key, value in config["flash"].items() if key != "config_sha256"}
+    text = json.dumps({**config, "flash": flash}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class ModelDirectory:
     """An existing model directory, opened and checked from its headers.
 
     Raises:
-        ModelError: missing, not converted, of a later format, or of an unknown family.
+        ModelError: no such directory, not converted, of a later format, or of an unknown family.
         RowFileError: the row file is foreign or belongs to another model.
-        DamagedError: a file is shorter than it should be.
+        DamagedError: a file is missing or has another size than it was written with.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -59,16 +89,28 @@ class ModelDirectory:
                 f"{self.path} has format version {flash.get('format_version')!r}, this version of "
                 f"mlx_flash reads {FORMAT_VERSION}; update mlx_flash or convert the model again"
             )
-        self.ffn: Ffn = families.find(self.config)
-        self.files: dict[str, dict[str, Any]] = flash.get("files", {})
-        self.rows = RowFile(self.path / flash.get("row_file", ROW_FILE))
-        if self.rows.fingerprint != flash.get("rows_fingerprint"):
-            raise RowFileError(
-                f"{self.rows.path} belongs to another model than {self.path / 'config.json'}; "
-                "put the row file that was converted with it back, or convert the model again"
-            )
+        self.ffn: Ffn = find_ffn(self.config, self.path)
+        try:
+            self.files: dict[str, dict[str, Any]] = {
+                str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+                for name, entry in flash["files"].items()
+            }
+            row_file = self.path / flash["row_file"]
+            fingerprint, layout = flash["rows_fingerprint"], flash["layout"]
+            self._config_sha256: str = flash["config_sha256"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"the flash object in {self.path / 'config.json'} makes no sense ({error!r}); "
+                "convert the model again"
+            ) from error
+        self.rows = self._open_rows(row_file, fingerprint, layout)
         for name, entry in self.files.items():
             self._check_size(name, entry["bytes"])
+        if strange := [file.name for file in self.shards if file.name not in self.files]:
+            raise ModelError(
+                f"{self.path} holds weights that were not written by its conversion and would be "
+                f"loaded with it: {', '.join(strange)}; move them away"
+            )
 
     @property
     def shards(self) -> list[Path]:
@@ -77,16 +119,28 @@ class ModelDirectory:
 
     def verify(self, progress: Callable[[int], Any] | None = None) -> Iterator[FlashError]:
         """Hash everything again; yields one error for each layer or file that is damaged."""
+        if config_sha256(self.config) != self._config_sha256:
+            yield DamagedError(
+                f"{self.path / 'config.json'} was changed since it was written; "
+                "copy it again or convert the model again"
+            )
         for layer in range(len(self.rows.layers)):
             try:
                 self.rows.verify(layer, progress)
             except DamagedError as error:
                 yield error
+            except OSError as error:
+                yield ReadError(f"reading {self.rows.path}, layer {layer}: {error.strerror}")
         for name, entry in self.files.items():
-            found = sha256_of(self.path / name, progress)
+            try:
+                found = sha256_of(self.path / name, progress)
+            except OSError as error:
+                yield ReadError(f"reading {self.path / name}: {error.strerror}")
+                continue
             if found != entry["sha256"]:
                 yield DamagedError(
-                    f"{self.path / name} is damaged: sha256 {found}, expected {entry['sha256']}"
+                    f"{self.path / name} is damaged: sha256 {found}, expected {entry['sha256']}; "
+                    "copy it again or convert the model again"
                 )
 
     @property
@@ -95,10 +149,31 @@ class ModelDirectory:
         rows = sum(self.rows.layer_bytes(i) for i in range(len(self.rows.layers)))
         return rows + sum(entry["bytes"] for entry in self.files.values())
 
+    def _open_rows(self, file: Path, fingerprint: str, layout: dict[str, Any]) -> RowFile:
+        self._check_there(file)
+        try:
+            rows = RowFile(file)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+        if rows.fingerprint != fingerprint:
+            raise RowFileError(
+                f"{file} belongs to another model than {self.path / 'config.json'}; "
+                "put the row file that was converted with it back, or convert the model again"
+            )
+        if rows.layout.to_json() != layout:
+            raise DamagedError(
+                f"the header of {file} is damaged: its row layout is not the one that "
+                "config.json has; copy it again or convert the model again"
+            )
+        return rows
+
+    def _check_there(self, file: Path) -> None:
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing; copy it again or convert the model again")
+
     def _check_size(self, name: str, expected: int) -> None:
         file = self.path / name
-        if not file.is_file():
-            raise ModelError(f"{file} is missing; copy it again or convert the model again")
+        self._check_there(file)
         if (found := file.stat().st_size) != expected:
             raise DamagedError(
                 f"{file} has {found} bytes, expected {expected}; "

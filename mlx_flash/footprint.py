@@ -6,6 +6,8 @@ footprint is not to be had without other packages, so the peak stands for it (ne
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
@@ -37,3 +39,12 @@ def peak(platform: str = sys.platform) -> int:
 def machine() -> int:
     """Bytes of physical memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim(platform: str = sys.platform) -> None:
+    """Give memory that was freed back to the operating system, so that ``current`` tells."""
+    gc.collect()
+    if platform == "linux":
+        release = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if release:
+            release(0)

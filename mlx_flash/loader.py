@@ -32,8 +32,8 @@ from .stream import LayerStream
 
 DEFAULT_CONTEXT = 2048
 KV_STEP = 256  # mlx-lm's KV caches grow by so many tokens
-MLX_CACHE = 16 << 20  # bytes that MLX may hold on to for reuse
-SLACK = 24 << 20
+MLX_CACHE = 8 << 20  # bytes that MLX may hold on to for reuse
+SLACK = 20 << 20
 SLACK_SHARE = 0.02  # of the weights: allocators round up
 
 
@@ -216,6 +216,7 @@ def load_model(
     """Like ``load``, without the tokenizer."""
     if context is not None and context < 1:
         raise BudgetError(f"a context is at least one token, got {context}")
+    footprint.trim()
     reader = RowReader(directory.rows)
     needs = needs_of(directory, reader, context)
     budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
@@ -295,7 +296,7 @@ def _workspace(config: dict[str, Any], rows: int, layout: Any, context: int, ste
     item = DTYPES[layout.parts[0].dtype].size
     heads = text.get("num_attention_heads") or text.get("n_head") or layout.parts[0].width // 64
     vocab = text.get("vocab_size", 0)
-    attention = 3 * heads * step * (context + step) * max(item, 4)
+    attention = 4 * heads * step * (context + step) * item
     hidden = step * (4 * rows + 12 * layout.parts[0].width) * item
     head = vocab * (item + 5 * 4)
     return attention + hidden + head + MLX_CACHE

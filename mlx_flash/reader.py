@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import queue
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -33,6 +34,7 @@ REQUEST_BYTES = 1 << 20
 GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another request
 STAGING_BUFFERS = 8
 IOV_MAX = 1024  # the least that Linux and macOS both take
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
         max_rows: a read spans at most this many rows, gaps included.
         gap: up to this many unwanted rows are read along to save a request.
     """
-    if rows.size == 0:
-        return []
     if max_rows < 1 or gap < 0:
         raise ValueError(f"max_rows must be at least 1 and gap at least 0, got {max_rows}, {gap}")
-    if rows[0] < 0 or (rows.size > 1 and np.diff(rows).min() < 1):
+    if rows.size == 0:
+        return []
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"rows must be an int array [n], got {rows.dtype} {rows.shape}")
+    if rows[0] < 0 or bool((rows[1:] <= rows[:-1]).any()):
         raise ValueError("rows must be distinct, sorted and not negative")
     requests: list[Request] = []
     breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
@@ -90,10 +94,15 @@ class ReadStats:
         return ReadStats(**{**diff, "direct": self.direct})
 
 
-def open_direct(path: os.PathLike[str], platform: str = sys.platform) -> tuple[int, bool]:
+def open_direct(
+    path: os.PathLike[str], platform: str = sys.platform, grain: int = PAGE
+) -> tuple[int, bool]:
     """Open for reading past the page cache: (descriptor, whether the file system agreed).
 
-    ``platform`` is a seam for tests: macOS has F_NOCACHE, Linux O_DIRECT.
+    Args:
+        path: file to open.
+        platform: a seam for tests: macOS has F_NOCACHE, Linux O_DIRECT.
+        grain: offsets, lengths and addresses of the reads to come are multiples of this.
     """
     if platform == "darwin":
         fd = os.open(path, os.O_RDONLY)
@@ -106,22 +115,26 @@ def open_direct(path: os.PathLike[str], platform: str = sys.platform) -> tuple[i
     try:
         fd = os.open(path, os.O_RDONLY | flag)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in REFUSALS:
             raise
         return os.open(path, os.O_RDONLY), False
-    if not flag or not _direct_read_works(fd):
+    try:
+        if flag and _direct_read_works(fd, grain):
+            return fd, True
+    except BaseException:
         os.close(fd)
-        return os.open(path, os.O_RDONLY), False
-    return fd, True
+        raise
+    os.close(fd)
+    return os.open(path, os.O_RDONLY), False
 
 
-def _direct_read_works(fd: int) -> bool:
-    """Some file systems take the flag and then refuse the reads."""
-    with mmap.mmap(-1, PAGE) as page:
+def _direct_read_works(fd: int, grain: int) -> bool:
+    """Some file systems take the flag and then refuse the reads, or those of small grain."""
+    with mmap.mmap(-1, 2 * grain) as memory, memoryview(memory)[grain:] as odd:
         try:
-            os.preadv(fd, [page], 0)
+            os.preadv(fd, [odd], grain)
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            if error.errno in REFUSALS:
                 return False
             raise
     return True
@@ -147,6 +160,8 @@ class RowReader:
         request_bytes: a request is at most this long (or one row, where a row is longer).
         gap_bytes: unwanted bytes read along to join two requests.
         direct: False reads through the page cache.
+
+    Raises ReadError when the file cannot be opened.
     """
 
     def __init__(
@@ -167,16 +182,22 @@ class RowReader:
             self.max_rows = min(self.max_rows, (IOV_MAX - 1) // (len(self.layout.parts) + 1))
         self.gap = gap_bytes // stride
         self.threads = threads
-        if direct:
-            self._fd, self.direct = open_direct(file.path)
-        else:
-            self._fd, self.direct = os.open(file.path, os.O_RDONLY), False
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
-        self._sink = mmap.mmap(-1, -(-stride // PAGE) * PAGE)
+        # Every offset, length and address that is read with is a multiple of this.
+        self._grain = math.gcd(PAGE, stride, *(self.layout.extents if self.scatters else ()))
+        self._sink = mmap.mmap(-1, _pages(stride))
         self._staging: queue.LifoQueue[mmap.mmap] = queue.LifoQueue()
-        if not self.scatters:
-            for _ in range(min(threads, STAGING_BUFFERS)):
-                self._staging.put(mmap.mmap(-1, self.max_rows * stride))
+        for _ in range(self._staging_buffers):
+            self._staging.put(mmap.mmap(-1, _pages(self.max_rows * stride)))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
+        self._fd = self._buffered_fd = -1
+        self._open, self.direct = True, False
+        try:
+            self._fd = self._buffered_fd = os.open(file.path, os.O_RDONLY)
+            if direct:
+                self._fd, self.direct = open_direct(file.path, grain=self._grain)
+        except OSError as error:
+            self.close()
+            raise ReadError(error.errno, f"opening {file.path}: {error.strerror}") from error
         self._lock = threading.Lock()
         self._stats = ReadStats(direct=self.direct)
         self._under_way = 0
@@ -185,8 +206,12 @@ class RowReader:
     @property
     def overhead_bytes(self) -> int:
         """Memory that the reader itself holds: staging buffers and the sink for gaps."""
-        staging = 0 if self.scatters else min(self.threads, STAGING_BUFFERS) * self.max_rows
-        return (staging + 1) * self.layout.stride
+        stride = self.layout.stride
+        return _pages(stride) + self._staging_buffers * _pages(self.max_rows * stride)
+
+    @property
+    def _staging_buffers(self) -> int:
+        return 0 if self.scatters else min(self.threads, STAGING_BUFFERS)
 
     def stats(self) -> ReadStats:
         """A copy of the counters as they stand."""
@@ -201,19 +226,29 @@ class RowReader:
         """Plan a read of ``rows`` (sorted) so that row ``rows[i]`` lands in slot ``slots[i]``.
 
         Args:
+            rows: int array [n], strictly increasing.
+            slots: int array [n], distinct.
             out: for each part a uint8 array [capacity, extent of the part]; for direct scattering
-                its memory starts on a sector.
+                its memory starts on a sector. What a slot holds between and behind the numbers
+                of a part is then the padding in the file.
         """
         for part, extent, array in zip(self.layout.parts, self.layout.extents, out, strict=True):
-            if array.dtype != np.uint8 or array.shape[1:] != (extent,):
+            plain = array.dtype == np.uint8 and array.flags.carray
+            if not plain or array.shape[1:] != (extent,):
                 raise ValueError(
                     f"memory for part {part.name} is {array.dtype} {array.shape}, "
-                    f"expected uint8 [capacity, {extent}]"
+                    f"expected writable uint8 [capacity, {extent}] without gaps"
                 )
+            if self.scatters and self.direct and array.ctypes.data % self._grain:
+                raise ValueError(f"memory for part {part.name} does not start on a sector")
         requests = plan(rows, max_rows=self.max_rows, gap=self.gap)
+        capacity = min(len(array) for array in out)
+        if slots.shape != rows.shape or bool(((slots < 0) | (slots >= capacity)).any()):
+            raise ValueError(f"slots for {rows.size} rows must be as many, from 0 to {capacity}")
         iovecs = None
         if self.scatters:
-            iovecs = [self._iovec(request, rows, slots, out) for request in requests]
+            flat = [memoryview(array.reshape(-1)) for array in out]
+            iovecs = [self._iovec(request, rows, slots, flat) for request in requests]
         return PreparedRead(rows, slots, out, requests, iovecs)
 
     def submit(self, layer: int, read: PreparedRead) -> list[Future[None]]:
@@ -221,28 +256,60 @@ class RowReader:
         extent = self.file.layers[layer]
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
-        return [
-            self._pool.submit(self._run, layer, extent.offset, read, i)
-            for i in range(len(read.requests))
-        ]
+        futures: list[Future[None]] = []
+        try:
+            self._check_open()
+            for i in range(len(read.requests)):
+                futures.append(self._pool.submit(self._run, layer, extent.offset, read, i))
+        except BaseException:
+            self.drop(futures)
+            self._check_open()
+            raise
+        return futures
+
+    def wait(self, futures: Sequence[Future[None]]) -> None:
+        """Wait for requests of ``submit``; raises what went wrong.
+
+        However it ends, none of them writes into memory any more.
+        """
+        try:
+            for future in futures:
+                future.result()
+        except BaseException as error:
+            self.drop(futures)
+            if isinstance(error, CancelledError):
+                self._check_open()
+            raise
+
+    def drop(self, futures: Sequence[Future[None]]) -> None:
+        """Cancel requests that have not begun and wait for the rest, whatever becomes of them."""
+        wait([future for future in futures if not future.cancel()])
 
     def read(
         self, layer: int, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray]
     ) -> None:
-        """Read rows of a layer and wait for them. Raises ReadError when the disk fails."""
-        for future in self.submit(layer, self.prepare(rows, slots, out)):
-            future.result()
+        """Read rows of a layer and wait for them.
+
+        Raises ReadError when the disk fails, DamagedError when the file was cut.
+        """
+        self.wait(self.submit(layer, self.prepare(rows, slots, out)))
 
     def close(self) -> None:
-        """Wait for requests under way and let go of the file."""
+        """Wait for requests under way, drop those that have not begun, let go of the file."""
+        self._open = False
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in {self._fd, self._buffered_fd} - {-1}:
+            os.close(fd)
+        self._fd = self._buffered_fd = -1
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ValueError(f"the reader of {self.file.path} is closed") from None
 
     def _iovec(
-        self, request: Request, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray]
+        self, request: Request, rows: np.ndarray, slots: np.ndarray, out: list[memoryview]
     ) -> list[memoryview]:
+        """Where the bytes of a request go, in the order of the file; ``out`` is flat."""
         stride, extents = self.layout.stride, self.layout.extents
         sink = memoryview(self._sink)
         tail = stride - sum(extents)
@@ -254,7 +321,10 @@ class RowReader:
             strict=True,
         ):
             pieces.extend(sink[:stride] for _ in range(row - at))
-            pieces.extend(memoryview(array[slot]) for array in out)
+            pieces.extend(
+                memory[slot * extent : (slot + 1) * extent]
+                for memory, extent in zip(out, extents, strict=True)
+            )
             if tail:
                 pieces.append(sink[:tail])
             at = row + 1
@@ -283,33 +353,36 @@ class RowReader:
             wanted = read.rows[request.first : request.last] - request.start
             slots = read.slots[request.first : request.last]
             source, target = _as_slice(wanted), _as_slice(slots)
-            for part, array in zip(self.layout.parts, read.out, strict=True):
-                array[target, : part.nbytes] = block[
-                    source, part.offset : part.offset + part.nbytes
-                ]
+            for part, extent, array in zip(
+                self.layout.parts, self.layout.extents, read.out, strict=True
+            ):
+                array[target] = block[source, part.offset : part.offset + extent]
         finally:
             self._staging.put(staging)
 
     def _preadv(self, buffers: list[memoryview], offset: int, nbytes: int, layer: int) -> None:
         """Read until ``nbytes`` are there; a short read is continued where it stopped."""
-        done = 0
+        fd, done = self._fd, 0
         while done < nbytes:
+            at = offset + done
             try:
-                got = os.preadv(self._fd, _after(buffers, done), offset + done)
+                got = os.preadv(fd, _after(buffers, done), at)
             except InterruptedError:
                 continue
             except OSError as error:
                 raise ReadError(
                     error.errno,
-                    f"reading {self.file.path}, layer {layer}, row {self._row(layer, offset)}, "
-                    f"offset {offset + done}, {nbytes - done} bytes: {error.strerror}",
+                    f"reading {self.file.path}, layer {layer}, row {self._row(layer, at)}, "
+                    f"offset {at}, {nbytes - done} bytes: {error.strerror}",
                 ) from error
             if got == 0:
                 raise DamagedError(
-                    f"{self.file.path} ended at byte {offset + done} inside layer {layer}, row "
-                    f"{self._row(layer, offset + done)}; it was cut while in use"
+                    f"{self.file.path} ended at byte {at} inside layer {layer}, row "
+                    f"{self._row(layer, at)}; it was cut while in use"
                 )
             done += got
+            if done % self._grain:
+                fd = self._buffered_fd  # direct I/O cannot begin inside a sector
 
     def _row(self, layer: int, offset: int) -> int:
         return (offset - self.file.layers[layer].offset) // self.layout.stride
@@ -327,6 +400,10 @@ class RowReader:
             self._stats.bytes_read += nbytes
             if self._under_way == 0:
                 self._stats.read_seconds += time.perf_counter() - self._since
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE
 
 
 def _as_slice(index: np.ndarray) -> slice | np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DamagedError, RowFileError
+from .errors import DamagedError, ReadError, RowFileError
 
 FORMAT = "mlx_flash.rows"
 FORMAT_VERSION = 1
+UNIT = "neuron"
 PAGE = 4096
 SECTOR = 512  # direct I/O on Linux wants addresses, lengths and offsets in multiples of this
 MAX_PADDING = 1 / 8  # share of a row that padding may add before a smaller alignment is taken
 MAX_HEADER = 1 << 26
-PENDING = "0" * 64
+PENDING = "0" * 64  # in place of the hash of a layer that is not written yet
 ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "U32": 4}
 
 
@@ -64,8 +66,8 @@ class RowLayout:
             names: part names in the order in which they stand in a row.
             dtype: safetensors dtype of every part.
             width: numbers in a part, that is d_model.
-            alignment: bytes the stride is a multiple of; None takes a page, or a sector where
-                padding to a page would add more than an eighth.
+            alignment: bytes the stride is a multiple of, a power of two from a sector up; None
+                takes a page, or a sector where padding to a page would add more than an eighth.
 
         Parts begin on sectors where that padding, too, stays below an eighth: only then can one
         direct request scatter a row over several places in memory.
@@ -78,6 +80,8 @@ class RowLayout:
             alignment = PAGE
             if _round_up(used, PAGE) > raw * len(names) * (1 + MAX_PADDING):
                 alignment = SECTOR
+        if not _is_alignment(alignment):
+            raise ValueError(f"alignment must be a power of two, at least {SECTOR}: {alignment}")
         parts = tuple(Part(name, dtype, width, i * step) for i, name in enumerate(names))
         return cls(parts, alignment, _round_up(step * len(names), alignment))
 
@@ -104,7 +108,10 @@ class RowLayout:
         return sum(part.nbytes for part in self.parts)
 
     def pack(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-        """Write rows into ``out`` [rows, stride] uint8 from one uint8 [rows, nbytes] per part."""
+        """Write rows into ``out`` [rows, stride] uint8 from one uint8 [rows, nbytes] per part.
+
+        What lies between the parts is left as it is.
+        """
         for part, data in zip(self.parts, parts, strict=True):
             out[:, part.offset : part.offset + part.nbytes] = data
 
@@ -117,15 +124,21 @@ class RowLayout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RowLayout:
+        """What ``to_json`` gave; LookupError, TypeError or ValueError where it makes no sense."""
         parts = tuple(Part(**part) for part in data["parts"])
-        layout = cls(parts, int(data["alignment"]), int(data["stride"]))
-        inside = all(
-            part.dtype in ITEMSIZE and 0 <= part.offset <= layout.stride - part.nbytes
-            for part in parts
-        )
-        if not parts or not inside or layout.alignment < 1 or layout.stride % layout.alignment:
-            raise ValueError(f"parts do not fit a row: {data}")
-        return layout
+        alignment, stride = data["alignment"], data["stride"]
+        numbers = [alignment, stride, *(n for part in parts for n in (part.width, part.offset))]
+        if any(type(n) is not int for n in numbers) or not _is_alignment(alignment):
+            raise ValueError(f"sizes of a row that make no sense: {data!r:.200}")
+        at = 0
+        for part in parts:
+            if part.dtype not in ITEMSIZE or part.width < 1 or part.offset < at:
+                raise ValueError(f"parts of a row overlap or are of no known type: {data!r:.200}")
+            at = part.offset + part.nbytes
+        names = {part.name for part in parts if isinstance(part.name, str)}
+        if not parts or len(names) < len(parts) or at > stride or stride % alignment:
+            raise ValueError(f"parts do not fit a row: {data!r:.200}")
+        return cls(parts, alignment, stride)
 
 
 @dataclass(frozen=True)
@@ -140,31 +153,39 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _header(layout: RowLayout, rows: Sequence[int], source: str, hashes: Sequence[str]) -> bytes:
+def _is_alignment(n: int) -> bool:
+    return n >= SECTOR and n & (n - 1) == 0
+
+
+def _tensors(layout: RowLayout, rows: Sequence[int]) -> dict[str, Any]:
+    """The header's entries for layers of so many rows; data lie one layer behind the other."""
     dtype = layout.parts[0].dtype
     unpadded = layout.stride == layout.ideal_bytes and len({p.dtype for p in layout.parts}) == 1
-    item = ITEMSIZE[dtype] if unpadded else 1
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "unit": "neuron",
-            "layout": json.dumps(layout.to_json()),
-            "source": source,
-            "sha256": json.dumps(list(hashes)),
-        }
-    }
+    entries = {}
     start = 0
     for i, count in enumerate(rows):
         stop = start + count * layout.stride
-        header[f"layers.{i}.rows"] = {
+        entries[f"layers.{i}.rows"] = {
             "dtype": dtype if unpadded else "U8",
-            "shape": [count, layout.stride // item],
+            "shape": [count, layout.stride // (ITEMSIZE[dtype] if unpadded else 1)],
             "data_offsets": [start, stop],
         }
         start = stop
+    return entries
+
+
+def _header(layout: RowLayout, rows: Sequence[int], source: str, hashes: Sequence[str]) -> bytes:
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "unit": UNIT,
+        "layout": json.dumps(layout.to_json()),
+        "source": source,
+        "sha256": json.dumps(list(hashes)),
+    }
+    header = {"__metadata__": metadata, **_tensors(layout, rows)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    size = _round_up(8 + len(text), PAGE) - 8
+    size = _round_up(8 + len(text), max(PAGE, layout.alignment)) - 8
     return size.to_bytes(8, "little") + text.ljust(size)
 
 
@@ -177,14 +198,15 @@ class RowFile:
     """An existing row file, checked from its header and size alone.
 
     Raises:
-        RowFileError: not a row file, or one of a later format version.
-        DamagedError: the file ends before its rows do.
+        RowFileError: not a row file, one of a later format version, or one not written to its end.
+        DamagedError: the file is shorter or longer than its rows.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         header, data_start = _read_header(self.path)
-        meta = header.get("__metadata__") or {}
+        meta = header.pop("__metadata__", None)
+        meta = meta if isinstance(meta, dict) else {}
         if meta.get("format") != FORMAT:
             raise RowFileError(
                 f"{self.path} is not a row file: its metadata says format "
@@ -197,26 +219,30 @@ class RowFile:
                 f"{FORMAT_VERSION}; update mlx_flash or convert the model again"
             )
         try:
-            self.layout = RowLayout.from_json(json.loads(meta["layout"]))
-            self.source: str = meta["source"]
-            self.hashes: list[str] = json.loads(meta["sha256"])
-            self.layers = [
-                _layer(header, i, data_start, self.layout) for i in range(len(header) - 1)
-            ]
-        except (KeyError, TypeError, ValueError) as error:
+            self.layout = RowLayout.from_json(_parse(meta["layout"]))
+            self.source = _checked(str, meta["source"])
+            self.hashes = [_checked(str, x) for x in _checked(list, _parse(meta["sha256"]))]
+            self.layers = _layers(header, data_start, self.layout)
+            sound = [x for x in self.hashes if re.fullmatch("[0-9a-f]{64}", x)]
+            _check(len(sound) == len(self.hashes) == len(self.layers), "not one hash a layer")
+            _check(meta["unit"] == UNIT, f"rows are of unit {meta['unit']!r}")
+        except (LookupError, TypeError, ValueError) as error:
             raise RowFileError(
                 f"{self.path} has a row file header that makes no sense ({error}); "
                 "convert the model again"
             ) from error
-        if len(self.hashes) != len(self.layers):
+        if PENDING in self.hashes:
             raise RowFileError(
-                f"{self.path} has {len(self.layers)} layers and {len(self.hashes)} hashes"
+                f"{self.path} is unfinished: layer {self.hashes.index(PENDING)} is not written; "
+                "run the conversion again, it goes on there"
             )
-        self.bytes = max((x.offset + x.rows * self.layout.stride for x in self.layers), default=0)
+        last = self.layers[-1]
+        self.bytes = last.offset + last.rows * self.layout.stride
         found = self.path.stat().st_size
-        if found < self.bytes:
+        if found != self.bytes:
             raise DamagedError(
-                f"{self.path} is truncated: {found} bytes found, {self.bytes} expected; "
+                f"{self.path} is {'truncated' if found < self.bytes else 'too long'}: "
+                f"{found} bytes found, {self.bytes} expected; "
                 "copy it again or convert the model again"
             )
 
@@ -230,9 +256,13 @@ class RowFile:
 
     def verify(self, layer: int, progress: Callable[[int], Any] | None = None) -> None:
         """Hash a layer's bytes again; DamagedError names the layer where the hash differs."""
-        found = _hash_file_range(
-            self.path, self.layers[layer].offset, self.layer_bytes(layer), progress
-        )
+        start, nbytes = self.layers[layer].offset, self.layer_bytes(layer)
+        try:
+            found = _hash_file_range(self.path, start, nbytes, progress)
+        except OSError as error:
+            raise ReadError(
+                error.errno, f"reading {self.path}, layer {layer}: {error.strerror}"
+            ) from error
         if found != self.hashes[layer]:
             raise DamagedError(
                 f"layer {layer} of {self.path} is damaged: sha256 {found}, "
@@ -244,27 +274,45 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with open(path, "rb") as f:
             size = int.from_bytes(f.read(8), "little")
-            text = f.read(size) if 0 < size <= MAX_HEADER else b""
+            text = f.read(size) if size <= MAX_HEADER else b""
     except FileNotFoundError:
         raise RowFileError(f"{path} does not exist; convert the model again") from None
+    except OSError as error:
+        raise RowFileError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        if len(text) != size:
-            raise ValueError("its header is cut off")
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("its header is not a JSON object")
-    except ValueError as error:
-        raise RowFileError(f"{path} is not a safetensors file: {error}") from error
-    return header, 8 + size
+        _check(len(text) == size, f"its header of {size} bytes is cut off or too long")
+        return _checked(dict, _parse(text)), 8 + size
+    except (TypeError, ValueError) as error:
+        raise RowFileError(
+            f"{path} is not a safetensors file: {error}; convert the model again"
+        ) from error
 
 
-def _layer(header: dict[str, Any], i: int, data_start: int, layout: RowLayout) -> Layer:
-    entry = header[f"layers.{i}.rows"]
-    start, stop = entry["data_offsets"]
-    rows = int(entry["shape"][0])
-    if stop - start != rows * layout.stride or (data_start + start) % layout.alignment % SECTOR:
-        raise ValueError(f"layers.{i}.rows has offsets {start}..{stop} for {rows} rows")
-    return Layer(data_start + start, rows)
+def _parse(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _checked(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{kind.__name__} expected, found {value!r:.80}")
+    return value
+
+
+def _layers(header: dict[str, Any], data_start: int, layout: RowLayout) -> list[Layer]:
+    """Where the layers are; their entries must be the very ones that the layout makes."""
+    rows = [_checked(int, header[f"layers.{i}.rows"]["shape"][0]) for i in range(len(header))]
+    _check(bool(rows) and min(rows) > 0, f"rows of layers: {rows!r:.80}")
+    _check(header == _tensors(layout, rows), "tensors are not those of its layout")
+    _check(data_start % layout.alignment == 0, f"data start at byte {data_start}")
+    return [Layer(data_start + layout.stride * sum(rows[:i]), n) for i, n in enumerate(rows)]
 
 
 def _hash_file_range(
@@ -300,13 +348,21 @@ class RowFileWriter:
     """
 
     def __init__(self, path: Path, layout: RowLayout, rows: Sequence[int], source: str) -> None:
+        if not rows or min(rows) < 1:
+            raise ValueError(f"every layer needs at least one row, got {rows}")
         self.path, self.layout, self.rows, self.source = path, layout, list(rows), source
         self.hashes = [PENDING] * len(self.rows)
         self._data_start = len(self._header_bytes())
         resumed = self._adopt()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resumed else os.O_TRUNC), 0o644)
-        if not resumed:
-            self._write_header()
+        try:
+            if not resumed:
+                self._write_header()
+            elif os.fstat(self._fd).st_size > self._offset(len(self.rows)):
+                os.ftruncate(self._fd, self._offset(len(self.rows)))
+        except BaseException:
+            self.close()
+            raise
 
     def next_layer(self) -> int:
         """The first layer that is still to be written; the number of layers when all are."""
@@ -314,16 +370,15 @@ class RowFileWriter:
 
     def write(self, layer: int, blocks: Iterable[np.ndarray]) -> None:
         """Write one layer from uint8 blocks [n, stride] that together hold all its rows."""
-        offset = self._data_start + self.layout.stride * sum(self.rows[:layer])
-        end = offset + self.layout.stride * self.rows[layer]
+        offset, end = self._offset(layer), self._offset(layer + 1)
         digest = hashlib.sha256()
         for block in blocks:
-            data = memoryview(np.ascontiguousarray(block)).cast("B")
+            data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+            if offset + data.size > end:
+                raise ValueError(f"layer {layer} got more than its {self.rows[layer]} rows")
             digest.update(data)
-            while data:
-                done = os.pwrite(self._fd, data, offset)
-                offset += done
-                data = data[done:]
+            self._write_at(offset, memoryview(data))
+            offset += data.size
         if offset != end:
             raise ValueError(f"layer {layer} got rows up to byte {offset}, expected {end}")
         os.fsync(self._fd)
@@ -338,27 +393,33 @@ class RowFileWriter:
     def _header_bytes(self) -> bytes:
         return _header(self.layout, self.rows, self.source, self.hashes)
 
+    def _offset(self, layer: int) -> int:
+        return self._data_start + self.layout.stride * sum(self.rows[:layer])
+
     def _write_header(self) -> None:
-        os.pwrite(self._fd, self._header_bytes(), 0)
+        self._write_at(0, memoryview(self._header_bytes()))
         os.fsync(self._fd)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        while data:
+            done = os.pwrite(self._fd, data, offset)
+            offset, data = offset + done, data[done:]
 
     def _adopt(self) -> bool:
         """Take over the layers of an unfinished file that hold; False if there is none of ours."""
         try:
             header, _ = _read_header(self.path)
-            meta = header["__metadata__"]
-            hashes = json.loads(meta["sha256"])
-            same = _header(self.layout, self.rows, self.source, hashes) == self._header_on_disk()
-        except (RowFileError, KeyError, ValueError, TypeError):
+            hashes = _checked(list, _parse(header["__metadata__"]["sha256"]))
+        except (RowFileError, LookupError, TypeError, ValueError):
             return False
-        if not same:
+        expected = _header(self.layout, self.rows, self.source, hashes)
+        if len(hashes) != len(self.rows) or self._header_on_disk() != expected:
             return False
-        for layer, expected in enumerate(hashes):
-            offset = self._data_start + self.layout.stride * sum(self.rows[:layer])
-            nbytes = self.layout.stride * self.rows[layer]
-            if expected == PENDING or _hash_file_range(self.path, offset, nbytes) != expected:
+        for layer, recorded in enumerate(hashes):
+            offset, end = self._offset(layer), self._offset(layer + 1)
+            if recorded == PENDING or _hash_file_range(self.path, offset, end - offset) != recorded:
                 break
-            self.hashes[layer] = expected
+            self.hashes[layer] = recorded
         return True
 
     def _header_on_disk(self) -> bytes:

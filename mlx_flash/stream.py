@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -41,8 +41,8 @@ class LayerStream:
     """
 
     def __init__(self, reader: RowReader, layers: Sequence[int], buffers: int = 2) -> None:
-        if not layers:
-            raise ValueError("a stream needs at least one layer")
+        if not layers or len(set(layers)) < len(layers) or buffers < 1:
+            raise ValueError(f"no stream of layers {list(layers)} through {buffers} buffers")
         self.layers = list(layers)
         rows = [reader.file.layers[i].rows for i in self.layers]
         count = min(buffers, len(self.layers))
@@ -65,21 +65,20 @@ class LayerStream:
         Args:
             before: what the layer's input is computed from; it is set going while the rows come.
         """
+        if layer not in self._rows:
+            raise ValueError(f"layer {layer} is not streamed, only {self.layers}")
         mx.async_eval(before)
         self._let_go()
-        if not self._ahead or self._ahead[0].layer != layer:
-            self._restart(layer)
-        began = time.perf_counter()
-        ahead = self._ahead.popleft()
         try:
-            for read in ahead.reads:
-                read.result()
+            if not self._ahead or self._ahead[0].layer != layer:
+                self._restart(layer)
+            began = time.perf_counter()
+            self._reader.wait(self._ahead[0].reads)
+            self.wait_seconds += time.perf_counter() - began
         except BaseException:
-            self._ahead.appendleft(ahead)
             self._drain()
             raise
-        finally:
-            self.wait_seconds += time.perf_counter() - began
+        ahead = self._ahead.popleft()
         self._held = (ahead, None)
         self.rows_acquired += self._rows[layer]
         return self.buffers[ahead.buffer][self._rows[layer]]
@@ -97,15 +96,22 @@ class LayerStream:
 
     def close(self) -> None:
         """Forget what was read ahead; the buffers stay as they are."""
+        held, self._held = self._held, None
         self._drain()
+        if held and held[1] is not None:
+            mx.eval(held[1])
 
     def _let_go(self) -> None:
         if self._held is None:
             return
         (ahead, result), self._held = self._held, None
-        if result is not None:
-            mx.eval(result)
-        self._read_ahead(ahead.buffer)
+        try:
+            if result is not None:
+                mx.eval(result)
+            self._read_ahead(ahead.buffer)
+        except BaseException:
+            self._drain()
+            raise
 
     def _read_ahead(self, buffer: int) -> None:
         layer = self.layers[self._next]
@@ -120,10 +126,9 @@ class LayerStream:
             self._read_ahead(buffer)
 
     def _drain(self) -> None:
-        """Wait until nothing writes into the buffers, whatever became of the reads."""
-        wait([read for ahead in self._ahead for read in ahead.reads])
+        """Forget what was read ahead, once nothing writes into the buffers any more."""
+        self._reader.drop([read for ahead in self._ahead for read in ahead.reads])
         self._ahead.clear()
-        self._held = None
 
 
 def _sizes(reader: RowReader, rows: list[int]) -> dict[int, SlotMemory]:
