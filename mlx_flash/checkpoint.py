@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import utils
+from mlx_lm.models.cache import make_prompt_cache
 
 from .directory import find_ffn, read_config
 from .errors import DamagedError, ModelError
@@ -231,6 +232,7 @@ def _load_lazily(path: Path, config: dict[str, Any], files: list[Path]) -> dict[
         model_class, args_class = utils._get_classes(config)
         model = model_class(args_class.from_dict(config))
         expected = dict(tree_flatten(model.parameters()))
+        model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))  # built, not evaluated
     except Exception as error:  # the config drives foreign code, which may fail in any way
         raise ModelError(
             f"{path / 'config.json'} makes no {config['model_type']} model: "

@@ -37,7 +37,7 @@ def forked(work, *args):
         try:
             code = work(*args) or 0
         except FlashError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
             code = 99
         finally:
             os._exit(code)
@@ -137,4 +137,4 @@ while True:
         }
     )
     k += int(STRIDE)
-print(json.dumps(results))
+sys.stdout.write(json.dumps(results))

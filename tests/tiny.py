@@ -333,7 +333,7 @@ def make_checkpoint(
     weights = _shipped(model_type, cfg, _random_weights(cfg, seed))
     weights = {name: w.astype(getattr(mx, dtype)) for name, w in weights.items()}
     _write_weights(path, weights, shards)
-    _write_tokenizer(path, cfg["vocab_size"])
+    write_tokenizer(path, cfg["vocab_size"])
     _write_json(path / "config.json", cfg)
     return path
 
@@ -401,7 +401,7 @@ def _write_weights(path: Path, weights: dict[str, mx.array], shards: int) -> Non
     _write_json(path / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(path: Path, size: int) -> None:
+def write_tokenizer(path: Path, size: int) -> None:
     """A byte-level BPE tokenizer with exactly ``size`` tokens."""
     merges = [tuple(pair.split()) for pair in MERGES.split("|")]
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
