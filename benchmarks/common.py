@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 
 OUT = Path(__file__).parent / "out"
-STARTER = 20_000_000
 
 
 def machine() -> str:
@@ -102,9 +101,10 @@ def random_llama(path: Path, hidden: int, rows: int, layers: int, vocab: int = 3
 RUNNER = """
 import json, os, subprocess, sys
 group, *command = sys.argv[1:]
-if group:
-    open(group, "w").write(str(os.getpid()))
-child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+enter = (lambda: open(group, "w").write(str(os.getpid()))) if group else None
+child = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=enter
+)
 output = child.stdout.read()
 _, status, usage = os.wait4(child.pid, 0)
 scale = 1 if sys.platform == "darwin" else 1024
@@ -115,8 +115,7 @@ print(json.dumps([os.waitstatus_to_exitcode(status), output, usage.ru_maxrss * s
 def cli(*args: str, limit: int | None = None) -> tuple[int, str, int]:
     """Run mlx_flash in a process: (exit code, output, peak resident bytes by the kernel).
 
-    ``limit`` puts it into a memory cgroup of that many bytes (and 20 MB for the process that
-    starts it), where groups can be made.
+    ``limit`` puts it into a memory cgroup of that many bytes, where groups can be made.
     """
     with cgroup(limit) as group:
         done = subprocess.run(
@@ -150,9 +149,7 @@ def cgroup(limit: int | None):
     group.mkdir()
     v1 = root.name == "memory"
     try:
-        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(
-            str(limit + STARTER)
-        )
+        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(limit))
         yield str(group / "cgroup.procs")
     finally:
         group.rmdir()

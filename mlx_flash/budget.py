@@ -197,13 +197,16 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
 
 
 def _step(room: int, needs: Needs) -> int:
-    """The longest prompt chunk, halving from the longest useful one, whose memory fits; or 0."""
-    step = needs.max_step
-    while needs.workspace(step) > room:
-        if step <= needs.min_step:
-            return 0
-        step = max(needs.min_step, step // 2)
-    return step
+    """The longest prompt chunk whose memory fits, a multiple of the shortest; 0 where none does."""
+    least = needs.min_step
+    low, high = 0, -(-needs.max_step // least)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if needs.workspace(min(middle * least, needs.max_step)) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return min(low * least, needs.max_step)
 
 
 def _up(nbytes: int) -> int:

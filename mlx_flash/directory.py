@@ -127,15 +127,13 @@ class ModelDirectory:
         for layer in range(len(self.rows.layers)):
             try:
                 self.rows.verify(layer, progress)
-            except DamagedError as error:
+            except (DamagedError, ReadError) as error:
                 yield error
-            except OSError as error:
-                yield ReadError(f"reading {self.rows.path}, layer {layer}: {error.strerror}")
         for name, entry in self.files.items():
             try:
                 found = sha256_of(self.path / name, progress)
             except OSError as error:
-                yield ReadError(f"reading {self.path / name}: {error.strerror}")
+                yield ReadError(error.errno, f"reading {self.path / name}: {error.strerror}")
                 continue
             if found != entry["sha256"]:
                 yield DamagedError(
@@ -151,10 +149,7 @@ class ModelDirectory:
 
     def _open_rows(self, file: Path, fingerprint: str, layout: dict[str, Any]) -> RowFile:
         self._check_there(file)
-        try:
-            rows = RowFile(file)
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+        rows = RowFile(file)
         if rows.fingerprint != fingerprint:
             raise RowFileError(
                 f"{file} belongs to another model than {self.path / 'config.json'}; "

@@ -7,34 +7,35 @@ is made when the object is built, before any tensor is read (but for the few flo
 ``rope_freqs``). Does not know: mixtures, K-quants, other architectures, files split in shards,
 where the weights go afterwards. Whatever it cannot honour is an error, never a guess.
 
-The header comes from the gguf package's reader, which makes numpy views of every token and merge.
-For SmolLM2-135M (49,000 of each) that took 2.6 to 3.6 s and 166 MB on a Linux core, of which 22 MB
-stay; a llama-3 vocabulary has 3.6 times as many entries. Tensor data are read, never mapped, in
-blocks of rows: taking a tensor needs its own size in the output dtype and about 20 MB.
+Tensor data are read, never mapped, in blocks of rows: taking a tensor needs its own size in the
+output dtype and about 20 MB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import stat_result
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from . import gguf_tokenizer
 from .errors import DamagedError, ModelError, ReadError
+from .gguf_header import (
+    QUANTISED,
+    Tensor,
+    check_extents,
+    check_file,
+    check_types,
+    naming,
+    read_header,
+    some,
+)
 
-QUANTISED = ("Q8_0", "Q4_0", "Q4_1")
-TYPES = ("F32", "F16", "BF16", *QUANTISED)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 BLOCK_BYTES = 4 << 20  # of float32 values; the library's working copies are several times that
 
@@ -62,50 +63,6 @@ logit_scale residual_scale rope.scaling.attn_factor rope.scaling.yarn_attn_facto
 rope.scaling.yarn_ext_factor rope.scaling.yarn_log_multiplier"""
 
 
-class _Tensor(NamedTuple):
-    """Where a tensor lies; ``shape`` has rows first, unlike the file."""
-
-    name: str
-    kind: int
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def type(self) -> GGMLQuantizationType:
-        return GGMLQuantizationType(self.kind)
-
-    @property
-    def row_bytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.type]
-        return self.shape[-1] // block * size
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if len(self.shape) > 1 else 1
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.rows * self.row_bytes
-
-
-class _Header(GGUFReader):
-    """The library's reader, but it refuses to read past the end and makes no views of tensors."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> np.ndarray:
-        end = int(offset) + int(count) * np.dtype(dtype).itemsize
-        if end > len(self.data):
-            raise EOFError(end)
-        return super()._get(offset, dtype, count, *rest, **named)
-
-    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
-        self.infos = []
-        for field in fields:
-            _, name, _, dims, kind, offset = field.parts
-            shape = tuple(int(d) for d in reversed(dims.tolist()))
-            at = int(start_offs) + int(offset[0])
-            self.infos.append(_Tensor(str(bytes(name), "utf-8"), int(kind[0]), shape, at))
-
-
 class GGUFCheckpoint:
     """Config, tensors and tokenizer of one GGUF file, under the names of a Hugging Face llama.
 
@@ -119,17 +76,17 @@ class GGUFCheckpoint:
         if dtype is not None and dtype not in DTYPES:
             raise ModelError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
         self.path = Path(path)
-        with _naming(self.path):
-            stat = _check_file(self.path)
-            self._meta, infos = _read_header(self.path, stat.st_size)
+        with naming(self.path):
+            stat = check_file(self.path)
+            self._meta, infos = read_header(self.path, stat.st_size)
             dims = _dimensions(self._meta)
-            _check_types(infos)
+            check_types(infos)
             gguf_tokenizer.check(self._meta)
             by_name = {t.name: t for t in infos}
             dims["v"] = _vocab_size(self._meta, by_name)
             tied = "output.weight" not in by_name
             names = _check_tensors(by_name, dims, tied)
-            _check_extents(infos, stat.st_size)
+            check_extents(infos, stat.st_size)
             self._head_dim = dims["head_dim"]
             self._tensors = {name: by_name[source] for source, name in names.items()}
             self._dtype = dtype or _default_dtype(infos)
@@ -154,7 +111,7 @@ class GGUFCheckpoint:
         step = max(1, BLOCK_BYTES // (4 * tensor.shape[-1] * unit)) * unit
         out = mx.zeros((tensor.rows, tensor.shape[-1]), dtype=dtype)
         for start in range(0, tensor.rows, step):
-            with _naming(self.path):
+            with naming(self.path):
                 block = self._read(tensor, start, min(step, tensor.rows - start))
                 _check_range(block, tensor, dtype)
             if permuted:
@@ -169,10 +126,10 @@ class GGUFCheckpoint:
     def write_tokenizer(self, out: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json (with the chat template) and
         generation_config.json, and tokenizer.model for a sentencepiece vocabulary, into ``out``."""
-        with _naming(self.path):
+        with naming(self.path):
             gguf_tokenizer.write(self._meta, Path(out), self.config["max_position_embeddings"])
 
-    def _read(self, tensor: _Tensor, start: int, rows: int) -> np.ndarray:
+    def _read(self, tensor: Tensor, start: int, rows: int) -> np.ndarray:
         """``rows`` rows from ``start`` on, as float32."""
         raw = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
         view, at = memoryview(raw).cast("B"), tensor.offset + start * tensor.row_bytes
@@ -193,60 +150,6 @@ class GGUFCheckpoint:
         return dequantize(raw, tensor.type)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before the message of what goes wrong inside."""
-    try:
-        yield
-    except (ModelError, DamagedError) as error:
-        raise type(error)(f"{path}: {error}") from error
-
-
-def _check_file(path: Path) -> stat_result:
-    if not path.is_file():
-        raise ModelError("no such file; expected a .gguf file")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(8)
-    except OSError as error:
-        raise ModelError(f"cannot be opened: {error.strerror}") from error
-    if not head:
-        raise ModelError("the file is empty; expected a GGUF file")
-    if head[:4] != b"GGUF":
-        raise ModelError(f"begins with {head[:4]!r}, expected b'GGUF': not a GGUF file")
-    version = int.from_bytes(head[4:], "little")
-    if len(head) == 8 and version not in (2, 3):
-        raise ModelError(
-            f"GGUF version {version} or a big-endian file; expected 2 or 3, little-endian. "
-            "Convert the model to GGUF anew"
-        )
-    return path.stat()
-
-
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], list[_Tensor]]:
-    """All metadata as plain values, and the tensor table; the reader is gone on return."""
-    try:
-        text, infos = _dump_header(path)
-    except EOFError as error:
-        raise DamagedError(
-            f"truncated inside the header: that goes on to byte {error.args[0]} at least, the file "
-            f"has {size}. Fetch the file again"
-        ) from error
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise DamagedError(f"unreadable GGUF header ({error}); fetch the file again") from error
-    meta = json.loads(text)
-    if (shards := meta.get("split.count", 0)) not in (0, 1):
-        raise ModelError(f"one of {shards} shards; merge them first (llama-gguf-split --merge)")
-    return meta, infos
-
-
-def _dump_header(path: Path) -> tuple[str, list[_Tensor]]:
-    """Metadata as JSON: its strings lie among the reader's views and would keep their pages."""
-    reader = _Header(path)
-    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    return json.dumps(fields), reader.infos
-
-
 def _dimensions(meta: dict[str, Any]) -> dict[str, int]:
     """The sizes of the model; ModelError for another architecture or one that is not computed."""
     found = meta.get("general.architecture")
@@ -259,7 +162,7 @@ def _dimensions(meta: dict[str, Any]) -> dict[str, int]:
     if not meta.get("llama.attention.causal", True):
         odd.append("llama.attention.causal = False")
     if odd:
-        raise ModelError(f"settings that this version cannot honour: {_some(odd)}")
+        raise ModelError(f"settings that this version cannot honour: {some(odd)}")
     dims = {
         "layers": _size(meta, "llama.block_count"),
         "h": _size(meta, "llama.embedding_length"),
@@ -298,21 +201,7 @@ def _number(meta: dict[str, Any], key: str, default: float | None = None) -> flo
     return float(str(np.float32(value)))
 
 
-def _check_types(infos: list[_Tensor]) -> None:
-    twice = [name for name, count in Counter(t.name for t in infos).items() if count > 1]
-    if twice:
-        raise ModelError(f"tensors that occur twice: {_some(twice)}")
-    names = {int(kind): kind.name for kind in GGMLQuantizationType}
-    kinds = {t.name: names.get(t.kind, f"type {t.kind}") for t in infos}
-    bad = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in TYPES]
-    if bad:
-        raise ModelError(
-            f"tensor types that are not supported: {_some(bad)}; supported: {', '.join(TYPES)}. "
-            "Quantise the model to Q8_0 instead or convert its Hugging Face checkpoint"
-        )
-
-
-def _vocab_size(meta: dict[str, Any], tensors: dict[str, _Tensor]) -> int:
+def _vocab_size(meta: dict[str, Any], tensors: dict[str, Tensor]) -> int:
     """Rows of the embedding, which must be the tokens' number or the one in the metadata."""
     tokens = len(meta["tokenizer.ggml.tokens"])
     stated = _size(meta, "llama.vocab_size", tokens)
@@ -325,10 +214,10 @@ def _vocab_size(meta: dict[str, Any], tensors: dict[str, _Tensor]) -> int:
     return rows
 
 
-def _check_tensors(tensors: dict[str, _Tensor], dims: dict[str, int], tied: bool) -> dict[str, str]:
+def _check_tensors(tensors: dict[str, Tensor], dims: dict[str, int], tied: bool) -> dict[str, str]:
     """GGUF name -> Hugging Face name of all tensors, whose names and shapes are right."""
     if mixture := [name for name in tensors if "_exps." in name or "ffn_gate_inp" in name]:
-        raise ModelError(f"a mixture ({_some(mixture)}); mixtures from GGUF come later")
+        raise ModelError(f"a mixture ({some(mixture)}); mixtures from GGUF come later")
     table = {k: v for k, v in _GLOBAL.items() if k != "output" or not tied}
     for i in range(min(dims["layers"], len(tensors))):  # a layer too many shows up as missing
         for kind, (name, code) in _LAYER.items():
@@ -339,7 +228,7 @@ def _check_tensors(tensors: dict[str, _Tensor], dims: dict[str, int], tied: bool
     if missing or unknown:
         raise ModelError(
             f"wrong tensors for a llama of {dims['layers']} layers; "
-            f"missing: {_some(missing) or 'none'}; unknown: {_some(unknown) or 'none'}"
+            f"missing: {some(missing) or 'none'}; unknown: {some(unknown) or 'none'}"
         )
     if "rope_freqs.weight" in tensors:
         shapes["rope_freqs.weight"] = (dims["head_dim"] // 2,)
@@ -349,20 +238,11 @@ def _check_tensors(tensors: dict[str, _Tensor], dims: dict[str, int], tied: bool
         if tensors[name].shape != shape or shape[-1] % GGML_QUANT_SIZES[tensors[name].type][0]
     ]
     if wrong:
-        raise ModelError(f"shapes that contradict the metadata or the type: {_some(wrong)}")
+        raise ModelError(f"shapes that contradict the metadata or the type: {some(wrong)}")
     return {f"{source}.weight": f"{name}.weight" for source, (name, _) in table.items()}
 
 
-def _check_extents(infos: list[_Tensor], size: int) -> None:
-    if beyond := [t for t in infos if t.end > size]:
-        first = min(beyond, key=lambda t: t.offset)
-        raise DamagedError(
-            f"truncated: tensor {first.name} ends at byte {first.end}, the file has {size}. "
-            "Fetch the file again"
-        )
-
-
-def _default_dtype(infos: list[_Tensor]) -> str:
+def _default_dtype(infos: list[Tensor]) -> str:
     kinds = {t.type.name for t in infos}
     if kinds & {"BF16", *QUANTISED}:
         return "bfloat16"
@@ -436,7 +316,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, context: int) -> dict[str
     }
 
 
-def _check_range(block: np.ndarray, tensor: _Tensor, dtype: mx.Dtype) -> None:
+def _check_range(block: np.ndarray, tensor: Tensor, dtype: mx.Dtype) -> None:
     if dtype == mx.float16 and tensor.type != GGMLQuantizationType.F16:
         top = float(np.abs(block).max())
         if top > 65504:
@@ -447,8 +327,3 @@ def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Whole heads in GGUF order (pairs side by side) back to Hugging Face order (halves)."""
     pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

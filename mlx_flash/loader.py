@@ -216,7 +216,6 @@ def load_model(
     """Like ``load``, without the tokenizer."""
     if context is not None and context < 1:
         raise BudgetError(f"a context is at least one token, got {context}")
-    footprint.trim()
     reader = RowReader(directory.rows)
     needs = needs_of(directory, reader, context)
     budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
@@ -246,13 +245,16 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
     if context is None:
         context = min(DEFAULT_CONTEXT, directory.config.get("max_position_embeddings") or 2**31)
     layout, layers = directory.rows.layout, directory.rows.layers
+    kv_cache = kv_bytes(directory, context)
+    mx.clear_cache()
+    footprint.trim()
     resident = sum(file.stat().st_size for file in directory.shards)
     weights = tuple(layer.rows * layout.ideal_bytes for layer in layers)
     widest = max(layer.rows for layer in layers)
     return Needs(
         process=footprint.current(),
         resident=resident,
-        kv_cache=kv_bytes(directory, context),
+        kv_cache=kv_cache,
         context=context,
         reader=reader.overhead_bytes + CHUNK_BYTES,
         slack=SLACK + int(SLACK_SHARE * (resident + sum(weights))),

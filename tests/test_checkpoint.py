@@ -244,7 +244,7 @@ def test_converted_already(source, tmp_path, capsys):
         {"intermediate_size": 0},
         {"intermediate_size": {}},
         {"vocab_size": 0},
-        {"head_dim": 0},
+        {"head_dim": -16},
         {"rms_norm_eps": "small"},
         {"rope_theta": "long"},
         {"rope_scaling": {"type": "unheard-of", "factor": 2.0}},

@@ -449,7 +449,8 @@ def test_ctrl_c(tmp_path):
         "raw = converter._raw\n"
         "def wait(array):\n"
         "    print('reading', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    while True:\n"
+        "        time.sleep(0.05)\n"
         "converter._raw = wait\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -605,7 +606,8 @@ def test_a_file_cut_while_in_use(tmp_path, layout, direct, cut):
     )
 
 
-def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv):
+@pytest.mark.parametrize("why", [ReadError, KeyboardInterrupt])
+def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv, why):
     """No other request of it writes into the slots once the error is out."""
     layout = LAYOUTS["staged"]
     file, layers = make(tmp_path / "rows", layout, ROWS)
@@ -615,9 +617,11 @@ def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
         row = (offset - base) // layout.stride
-        if row == 0:
+        if row == 0 and why is ReadError:
             second_runs.wait()
             raise OSError(errno.EIO, "Input/output error")
+        if row == 0:
+            return real_preadv(fd, buffers, offset)
         second_runs.set()
         give_up.wait()
         finished.append(row)
@@ -627,13 +631,19 @@ def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv
         give_up.set()
         real_wait(futures)
 
+    def interrupt(_future) -> None:
+        second_runs.wait()
+        raise KeyboardInterrupt
+
     real_wait = module.wait
+    if why is KeyboardInterrupt:
+        monkeypatch.setattr(Future, "result", interrupt)
     with closing(RowReader(file, threads=2, gap_bytes=0)) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
         monkeypatch.setattr(module, "wait", wait)
         out = slots_for(layout, 3)
         try:
-            with pytest.raises(ReadError):
+            with pytest.raises(why):
                 reader.read(0, np.array([0, 10]), np.array([0, 1]), out)
             assert finished == [10]
         finally:
