@@ -155,7 +155,7 @@ def cgroup(limit: int | None):
         group.rmdir()
 
 
-def fio(path: Path, block: int, threads: int, pattern: str = "read", seconds: int = 6) -> float:
+def fio(path: Path, block: int, threads: int, pattern: str = "read", seconds: int = 2) -> float:
     """Bytes per second of direct reads by ``threads`` threads with requests of ``block`` bytes."""
     if not shutil.which("fio"):
         raise RuntimeError("fio is not installed (Debian: apt-get install fio)")

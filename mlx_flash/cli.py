@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlashError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        exec("")  # CPython forgets that it wanted to die by the signal, where it struck an exec
         return _fail(getattr(args, "interrupted", "interrupted"), 130)
     except BrokenPipeError:
         return _quiet(1)

@@ -557,6 +557,19 @@ def test_ctrl_c(endless, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_inside_of_exec(tmp_path):
+    """Imports run a lot of exec; an interrupt there makes CPython die by the signal at its end."""
+    (tmp_path / "struck.py").write_text(
+        "import sys\n"
+        "from mlx_flash import cli\n"
+        "cli.run_verify = lambda args: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(cli.main(['verify', '--model', 'x']))\n"
+    )
+    command = [sys.executable, "-m", "struck"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"mlx_flash: interrupted\n")
+
+
 @pytest.mark.parametrize("command", ["generate", "inspect"])
 def test_reader_goes_away(endless, command):
     """mlx_flash ... | head -1"""

@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import functools
 import itertools
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +26,11 @@ from mlx_flash.rows import PAGE, Part, RowLayout
 NAMES = ("gate", "up", "down")
 LAYOUTS = {
     "staged": RowLayout.plan(NAMES, "BF16", 64),
-    "staged, parts padded": RowLayout.plan(NAMES, "BF16", 1000),
     "staged, parts unlike": RowLayout(
         (Part("a", "F32", 7, 0), Part("b", "BF16", 50, 28), Part("c", "U8", 3, 200)), 512, 512
     ),
     "scattered": RowLayout.plan(NAMES[1:], "BF16", 2048),
+    "scattered, short": RowLayout.plan(NAMES, "BF16", 1000),
     "scattered, row padded": RowLayout.plan(NAMES, "BF16", 2560),
     "scattered, parts padded": RowLayout.plan(NAMES, "F32", 1026),
 }
@@ -157,7 +159,6 @@ def test_random_rows_into_random_slots(tmp_path, layout, direct):
     file, layers = make(tmp_path / "rows", layout, ROWS)
     rng = np.random.default_rng(0)
     with closing(RowReader(file, threads=4, direct=direct)) as reader:
-        assert reader.scatters == (min(layout.extents) >= PAGE)
         for step in range(30):
             layer = step % 2
             count = int(rng.integers(0, ROWS[layer] + 1))
@@ -278,9 +279,9 @@ def test_overhead_counts_what_the_reader_holds(tmp_path, monkeypatch):
     held = []
     real = mmap.mmap
 
-    def mapped(fd: int, length: int) -> mmap.mmap:
+    def mapped(fd: int, length: int, **options) -> mmap.mmap:
         held.append(length)
-        return real(fd, length)
+        return real(fd, length, **options)
 
     for name, threads in [("staged", 32), ("staged", 2), ("scattered, row padded", 32)]:
         file, _ = make(tmp_path / "rows", LAYOUTS[name], ROWS)
@@ -290,6 +291,33 @@ def test_overhead_counts_what_the_reader_holds(tmp_path, monkeypatch):
             reader = RowReader(file, threads=threads, request_bytes=10_000, direct=False)
         assert reader.overhead_bytes == sum(-(-n // PAGE) * PAGE for n in held)
         reader.close()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 40])
+def test_few_rows_scatter_and_long_runs_are_staged(
+    tmp_path, layout, monkeypatch, real_preadv, count
+):
+    """One buffer takes a staged request; a scattered one has many, straight in the slots."""
+    file, layers = make(tmp_path / "rows", layout, ROWS)
+    out = slots_for(layout, 40)
+    rows, slots = np.arange(count), np.arange(count)[::-1].copy()
+    seen = []
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        seen.append([np.frombuffer(b, np.uint8) for b in buffers])
+        return real_preadv(fd, buffers, offset)
+
+    with closing(RowReader(file)) as reader:
+        monkeypatch.setattr(os, "preadv", preadv)
+        reader.read(0, rows, slots, out)
+    (buffers,) = seen
+    inside = [b for b in buffers if any(np.shares_memory(b, array) for array in out)]
+    if layout.scatters and count <= module.SCATTER_ROWS:
+        assert len(inside) == count * len(layout.parts)
+        assert len(buffers) <= 2 * len(inside) <= 1024  # what the least of systems takes
+    else:
+        assert len(buffers) == 1 and not inside
+    assert_read(layout, layers[0], rows, slots, out)
 
 
 # Direct I/O
@@ -305,7 +333,8 @@ class StrictDisk:
     def __init__(self, monkeypatch, sector: int = 512, most: int | None = None) -> None:
         self.sector, self.most = sector, most
         self.direct: set[int] = set()
-        self.refused = self.calls = 0
+        self.refused = 0
+        self.used: list[int] = []  # the descriptor of each read
         self._real = os.preadv
         monkeypatch.setattr(os, "preadv", self.preadv)
         monkeypatch.setattr(module, "open_direct", self.open)
@@ -316,7 +345,7 @@ class StrictDisk:
         return fd, True
 
     def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
-        self.calls += 1
+        self.used.append(fd)
         arrays = [np.frombuffer(b, np.uint8) for b in buffers]
         odd = [x for a in arrays for x in (a.ctypes.data, a.size)] + [offset]
         if fd in self.direct and any(n % self.sector for n in odd):
@@ -345,7 +374,8 @@ def test_every_direct_read_is_of_whole_sectors(tmp_path, layout, monkeypatch):
             out = slots_for(layout, 50)
             reader.read(0, rows, slots, out)
             assert_read(layout, layers[0], rows, slots, out)
-    assert disk.calls and not disk.refused
+    assert not disk.refused
+    assert disk.used and set(disk.used) == disk.direct
 
 
 @pytest.mark.parametrize("most", [7, 100, 511, 512, 1000, 4096, 5000, 12288])
@@ -606,56 +636,63 @@ def test_a_file_cut_while_in_use(tmp_path, layout, direct, cut):
     )
 
 
+@pytest.mark.parametrize("kind", ["staged", "scattered"])
+@pytest.mark.parametrize("bad", [0, 10])
 @pytest.mark.parametrize("why", [ReadError, KeyboardInterrupt])
-def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv, why):
-    """No other request of it writes into the slots once the error is out."""
-    layout = LAYOUTS["staged"]
+def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv, why, bad, kind):
+    """No other request of it writes into the slots once the error, or Ctrl-C, is out."""
+    layout = LAYOUTS[kind]
     file, layers = make(tmp_path / "rows", layout, ROWS)
     base = file.layers[0].offset
-    second_runs, give_up = threading.Event(), threading.Event()
+    other_runs, failed = threading.Event(), threading.Event()
     finished = []
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
         row = (offset - base) // layout.stride
-        if row == 0 and why is ReadError:
-            second_runs.wait()
+        if row == bad and why is ReadError:
+            other_runs.wait()
             raise OSError(errno.EIO, "Input/output error")
-        if row == 0:
-            return real_preadv(fd, buffers, offset)
-        second_runs.set()
-        give_up.wait()
-        finished.append(row)
+        if row != bad:
+            other_runs.set()
+            failed.wait()
+            time.sleep(0.05)  # time for a reader that does not wait to be found out
+            finished.append(row)
         return real_preadv(fd, buffers, offset)
 
-    def wait(futures) -> None:
-        give_up.set()
-        real_wait(futures)
-
-    def interrupt(_future) -> None:
-        second_runs.wait()
+    def interrupt(*_args) -> None:
+        other_runs.wait()
+        failed.set()
         raise KeyboardInterrupt
 
     real_wait = module.wait
-    if why is KeyboardInterrupt:
-        monkeypatch.setattr(Future, "result", interrupt)
     with closing(RowReader(file, threads=2, gap_bytes=0)) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
-        monkeypatch.setattr(module, "wait", wait)
         out = slots_for(layout, 3)
-        try:
-            with pytest.raises(why):
-                reader.read(0, np.array([0, 10]), np.array([0, 1]), out)
-            assert finished == [10]
-        finally:
-            give_up.set()
+        futures = reader.submit(0, reader.prepare(np.array([0, 10]), np.array([0, 1]), out))
+        futures[[0, 10].index(bad)].add_done_callback(
+            lambda _: failed.set() if why is ReadError else None
+        )
+        if why is KeyboardInterrupt:
+            monkeypatch.setattr(Future, "result", interrupt)
+            monkeypatch.setattr(
+                module, "wait", lambda fs, **kw: interrupt() if kw else real_wait(fs)
+            )
+        with pytest.raises(why):
+            reader.wait(futures)
+        assert finished == [10 - bad]
     part = layout.parts[0]
-    np.testing.assert_array_equal(out[0][1], layers[0][10, : part.nbytes])
+    row = 10 - bad
+    np.testing.assert_array_equal(out[0][row // 10], layers[0][row, : part.nbytes])
+
+
+def pools_of(reader: RowReader) -> dict[str, ThreadPoolExecutor]:
+    return {k: v for k, v in vars(reader).items() if isinstance(v, ThreadPoolExecutor)}
 
 
 class SmallPool:
     """A pool that takes so many requests and no more."""
 
-    def __init__(self, pool, keep: int) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, keep: int) -> None:
         self._pool, self._left = pool, keep
         self.shutdown = pool.shutdown
 
@@ -666,25 +703,27 @@ class SmallPool:
         return self._pool.submit(*args)
 
 
-def test_requests_that_cannot_be_queued(tmp_path, monkeypatch, real_preadv):
+@pytest.mark.parametrize("kind", ["staged", "scattered"])
+def test_requests_that_cannot_be_queued(tmp_path, monkeypatch, real_preadv, kind):
     """When no more requests can be queued, those that are must be over as well."""
-    layout = LAYOUTS["staged"]
+    layout = LAYOUTS[kind]
     file, _ = make(tmp_path / "rows", layout, ROWS)
-    under_way = 0
+    under_way = []
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
-        nonlocal under_way
-        under_way += 1
+        under_way.append(offset)
+        time.sleep(0.05)  # time for a reader that does not wait to be found out
         got = real_preadv(fd, buffers, offset)
-        under_way -= 1
+        under_way.remove(offset)
         return got
 
     with closing(RowReader(file, threads=1, gap_bytes=0)) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
-        monkeypatch.setattr(reader, "_pool", SmallPool(reader._pool, keep=2))
+        for name, pool in pools_of(reader).items():
+            monkeypatch.setattr(reader, name, SmallPool(pool, keep=2))
         with pytest.raises(RuntimeError, match="new thread"):
             reader.read(0, np.arange(0, 10, 2), np.arange(5), slots_for(layout, 5))
-        assert under_way == 0
+        assert not under_way
 
 
 # Counters
@@ -775,9 +814,10 @@ def test_a_closed_reader_says_so(tmp_path, layout):
     assert reader.stats().requests > 0
 
 
-def test_closing_with_reads_under_way(tmp_path, monkeypatch, real_preadv):
-    """What has begun is finished, what has not is dropped, and who waits for it is told."""
-    layout = LAYOUTS["staged"]
+@pytest.mark.parametrize("kind", ["staged", "scattered"])
+def test_closing_with_reads_under_way(tmp_path, monkeypatch, real_preadv, kind):
+    """What has begun is finished, what has not fails, and who waits for it is told."""
+    layout = LAYOUTS[kind]
     file, layers = make(tmp_path / "rows", layout, ROWS)
     begun, go = threading.Event(), threading.Event()
 
@@ -786,24 +826,57 @@ def test_closing_with_reads_under_way(tmp_path, monkeypatch, real_preadv):
         go.wait()
         return real_preadv(fd, buffers, offset)
 
+    def go_on(shutdown: Callable[..., None], **options: bool) -> None:
+        go.set()
+        shutdown(**options)
+
     reader = RowReader(file, threads=1, gap_bytes=0)
     monkeypatch.setattr(os, "preadv", preadv)
-    shutdown = reader._pool.shutdown
-
-    def drop_then_go(wait: bool, cancel_futures: bool) -> None:
-        shutdown(wait=False, cancel_futures=cancel_futures)
-        go.set()
-        shutdown(wait=wait)
-
-    monkeypatch.setattr(reader._pool, "shutdown", drop_then_go)
+    for pool in pools_of(reader).values():
+        monkeypatch.setattr(pool, "shutdown", functools.partial(go_on, pool.shutdown))
     rows, slots = np.array([0, 5, 10]), np.array([0, 1, 2])
     out = slots_for(layout, 3)
     futures = reader.submit(0, reader.prepare(rows, slots, out))
     begun.wait()
     reader.close()
-    assert futures[0].done() and not futures[0].cancelled()
-    assert all(future.cancelled() for future in futures[1:])
+    assert all(future.done() for future in futures)
     assert_read(layout, layers[0], rows[:1], slots[:1], out)
+    assert reader.stats().requests == 1
     with pytest.raises(ValueError, match="is closed"):
         reader.wait(futures)
     reader.drop(futures)  # does not wait for ever
+
+
+def test_closing_while_another_thread_waits(tmp_path, monkeypatch, real_preadv):
+    layout = LAYOUTS["staged"]
+    file, _ = make(tmp_path / "rows", layout, ROWS)
+    begun, go = threading.Event(), threading.Event()
+    told = []
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        begun.set()
+        go.wait()
+        return real_preadv(fd, buffers, offset)
+
+    reader = RowReader(file, threads=1, gap_bytes=0)
+    monkeypatch.setattr(os, "preadv", preadv)
+    futures = reader.submit(
+        0, reader.prepare(np.arange(0, 20, 2), np.arange(10), slots_for(layout, 10))
+    )
+    begun.wait()
+
+    def work() -> None:
+        try:
+            reader.wait(futures)
+        except ValueError as error:
+            told.append(str(error))
+
+    waiter, closer = threading.Thread(target=work), threading.Thread(target=reader.close)
+    waiter.start()
+    closer.start()
+    while reader._open:  # until the closer has got that far
+        time.sleep(0.001)
+    go.set()
+    closer.join()
+    waiter.join()
+    assert told == [f"the reader of {file.path} is closed"]

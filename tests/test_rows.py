@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,10 +56,11 @@ def make(
 ) -> tuple[RowFile, list[np.ndarray]]:
     """A row file of random numbers, opened, and its layers' bytes."""
     layers = content(layout, rows, seed)
-    writer = RowFileWriter(path, layout, rows, "a source")
-    for i, block in enumerate(layers):
-        writer.write(i, [block])
-    writer.close()
+    with mock.patch.object(os, "fsync"):  # nobody pulls the plug here
+        writer = RowFileWriter(path, layout, rows, "a source")
+        for i, block in enumerate(layers):
+            writer.write(i, [block])
+        writer.close()
     return RowFile(path), layers
 
 
@@ -383,7 +385,14 @@ def contradictions(header: dict) -> Iterator[tuple[str, dict]]:
     for value in ("", "{}", "[]", "null", "3", "{", "[" * 100_000):
         yield change(f"layout {value:.9}", "__metadata__", "layout", to=value)
         yield change(f"sha256 {value:.9}", "__metadata__", "sha256", to=value)
-    for value in (hashes[:1], [*hashes, hashes[0]], [7, 7], ["a", "b"], [hashes[0], None]):
+    for value in (
+        hashes[:1],
+        [*hashes, hashes[0]],
+        [*hashes, "x"],
+        [7, 7],
+        ["a", "b"],
+        [hashes[0], None],
+    ):
         yield change(f"{len(value)} hashes", "__metadata__", "sha256", to=json.dumps(value))
     odd = [None, -1, 0, 1.5, "x", [], {}, True, float("inf"), float("nan"), 10**30]
     for key in ("alignment", "stride"):
@@ -414,9 +423,18 @@ def contradictions(header: dict) -> Iterator[tuple[str, dict]]:
                         yield change(f"{key}[{i}] {other}", "layers.0.rows", key, i, to=other)
     for other in ([], None, 5, "x", {}):
         yield change(f"entry {other}", "layers.0.rows", to=other)
+    for count in (0, -5):
+        odd_entry = {**entry, "shape": [count, 512], "data_offsets": [0, 512 * count]}
+        changed = {"__metadata__": {**meta, "sha256": json.dumps(hashes[:1])}}
+        yield f"{count} rows", {**changed, "layers.0.rows": odd_entry}
+    parts = copy.deepcopy(layout["parts"])
+    parts[-1]["width"] = (layout["stride"] - parts[-1]["offset"]) // 2 + 1
+    changed = json.dumps({**layout, "parts": parts})
+    yield change("the last part is too wide", "__metadata__", "layout", to=changed)
     yield change("another tensor", "weight", to=entry)
     yield change("layer 3 of 3", "layers.3.rows", to=entry)
     yield "no tensor", {"__metadata__": meta}
+    yield "nothing", {"__metadata__": {**meta, "sha256": "[]"}}
     yield "one tensor less", {k: v for k, v in header.items() if k != "layers.1.rows"}
 
 

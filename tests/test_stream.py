@@ -38,7 +38,8 @@ def layout(request) -> RowLayout:
 def opened(tmp_path, layout) -> Iterator[tuple[RowReader, list[np.ndarray]]]:
     """(reader, each layer's bytes)."""
     file, layers = make(tmp_path / "rows", layout, ROWS)
-    with closing(RowReader(file, threads=4, request_bytes=3 * layout.stride)) as reader:
+    request_bytes = 1 << 20 if layout is LAYOUTS["padded"] else 3 * layout.stride
+    with closing(RowReader(file, threads=4, request_bytes=request_bytes)) as reader:
         yield reader, layers
 
 
