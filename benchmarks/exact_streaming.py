@@ -104,9 +104,7 @@ def tokens() -> dict:
         expected = greedy(load_model(directory, use_flash=False), prompt, TOKENS)
         for share in (0.0, 0.3, 1.0):
             model = load_model(directory, kept_share=share)
-            same = sum(
-                a == b for a, b in zip(greedy(model, prompt, TOKENS), expected, strict=True)
-            )
+            same = sum(a == b for a, b in zip(greedy(model, prompt, TOKENS), expected, strict=True))
             found[f"{dtype}, {share:.0%} kept"] = f"{same} of {TOKENS}"
             model.flash.close()
     return found

@@ -191,9 +191,7 @@ class RowReader:
             self._staging.put(buffer)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
         # No more threads than buffers: threads that wait for one only cost time.
-        self._bulk = ThreadPoolExecutor(
-            self.bulk_threads, thread_name_prefix="mlx_flash-bulk-read"
-        )
+        self._bulk = ThreadPoolExecutor(self.bulk_threads, thread_name_prefix="mlx_flash-bulk-read")
         self._fd = self._buffered_fd = -1
         self._open, self.direct = True, False
         try:

@@ -1,6 +1,7 @@
 """Sizes, plans and refusals."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
@@ -92,7 +93,9 @@ def test_small_models_are_kept_whole():
 
 
 def test_larger_than_the_machine():
-    with pytest.raises(BudgetError, match=r"2\.00 GB is larger than the machine's memory, 1\.00 GB"):
+    with pytest.raises(
+        BudgetError, match=r"2\.00 GB is larger than the machine's memory, 1\.00 GB"
+    ):
         make_plan(2 * 10**9, NEEDS, 10**9)
 
 
@@ -103,5 +106,5 @@ def test_streamed_layers_are_spread():
             kept, streamed = split(layers, count)
             assert len(streamed) == count
             assert sorted(kept + streamed) == list(range(layers))
-            gaps = [b - a for a, b in zip(streamed, streamed[1:], strict=False)]
+            gaps = [b - a for a, b in pairwise(streamed)]
             assert not gaps or max(gaps) - min(gaps) <= 1

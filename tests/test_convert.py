@@ -664,6 +664,41 @@ def test_cut_off_between_the_renames(source, tmp_path, capsys):
     assert names(tmp_path) == ["hf", "other", "out"]
 
 
+def test_put_back_without_a_trace(source, tmp_path):
+    """Refused after its directory was made: that is taken away again."""
+    out = convert(source, tmp_path / "out")
+    out.rename(tmp_path / "out.replaced")
+    with pytest.raises(ConvertError, match="exists"):
+        convert(source, out)
+    assert names(tmp_path) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_old_model_half_removed(source, tmp_path, monkeypatch, count):
+    """It is known as one of ours to the last, so the next run can remove the rest."""
+    out = convert(source, tmp_path / "out", dtype="float16")
+    unlink, iterdir = Path.unlink, Path.iterdir
+    done = []
+
+    def fail(self, **options):
+        if self.parent.name == "out.replaced":
+            done.append(self.name)
+            if len(done) > count:
+                raise OSError(errno.EIO, "Input/output error", str(self))
+        unlink(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        patch.setattr(Path, "iterdir", lambda self: iter(sorted(iterdir(self))))
+        with pytest.raises(ConvertError, match="Input/output error"):
+            convert(source, out, force=True)
+    assert len(done) == count + 1
+    assert (tmp_path / "out.replaced" / "config.json").is_file()
+    assert ModelDirectory(out).rows.layout.parts[0].dtype == "BF16"
+    convert(source, out, force=True)
+    assert names(tmp_path) == ["hf", "out"]
+
+
 # Where it cannot be written
 
 

@@ -320,6 +320,25 @@ def test_few_rows_scatter_and_long_runs_are_staged(
     assert_read(layout, layers[0], rows, slots, out)
 
 
+@pytest.mark.parametrize("kind", ["staged", "scattered"])
+def test_so_many_requests_are_under_way_at_a_time(tmp_path, monkeypatch, real_preadv, kind):
+    layout = LAYOUTS[kind]
+    file, layers = make(tmp_path / "rows", layout, ROWS)
+    expected = 12 if kind == "scattered" else module.STAGING_BUFFERS
+    together = threading.Barrier(expected, timeout=20)  # that long only where it fails
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        together.wait()
+        return real_preadv(fd, buffers, offset)
+
+    rows, slots = np.arange(0, 3 * expected, 3), np.arange(expected)
+    with closing(RowReader(file, threads=12, gap_bytes=0)) as reader:
+        monkeypatch.setattr(os, "preadv", preadv)
+        out = slots_for(layout, expected)
+        reader.read(0, rows, slots, out)
+    assert_read(layout, layers[0], rows, slots, out)
+
+
 # Direct I/O
 
 
