@@ -84,7 +84,7 @@ def test_policies_conform(policy, rows, capacity):
     table, mine = SlotTable(rows, capacity), policy(rows)
     twin_table, twin = SlotTable(rows, capacity), policy(rows)
     slots = np.full(capacity, -1)
-    for active in active_sets(rng, rows, capacity, 400):
+    for active in active_sets(rng, rows, capacity, 200):
         was_there = table.slot_of[active] >= 0
         cached_before = set(table.row_in[: table.num_used].tolist())
         before = active.copy()
@@ -160,7 +160,7 @@ def test_the_window_holds_what_the_last_tokens_used(window, rows, capacity):
     last_use: dict[int, int] = {}
     cached: set[int] = set()
     fitted = pressed = 0
-    for step, active in enumerate(active_sets(rng, rows, capacity, 2500)):
+    for step, active in enumerate(active_sets(rng, rows, capacity, 1200)):
         needed = set(active.tolist())
         history.append(needed)
         last_use |= dict.fromkeys(needed, step)
@@ -180,8 +180,8 @@ def test_the_window_holds_what_the_last_tokens_used(window, rows, capacity):
                 (last_use[r] for r in found - needed), default=step
             ), "not the longest unused"
         cached = found
-    assert fitted > 500
-    assert capacity == rows or window == 1 or pressed > 100
+    assert fitted > 200
+    assert capacity == rows or window == 1 or pressed > 50
 
 
 def test_with_room_the_window_is_exactly_the_union():
@@ -189,7 +189,7 @@ def test_with_room_the_window_is_exactly_the_union():
     for window in (1, 2, 3, 7):
         table, policy = SlotTable(60, 60), SlidingWindow(60, window)
         history: list[set[int]] = []
-        for active in active_sets(rng, 60, 60, 1000):
+        for active in active_sets(rng, 60, 60, 500):
             history.append(set(active.tolist()))
             table.update(active, policy)
             union = set().union(*history[-window:])
@@ -568,17 +568,20 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     reader, dense = opened
     cache = RowCache(reader, 1, 8)
     cache.fetch(rows_of(1, 2, 3))
-    cache.built(mx.zeros(1))
+    bad = mx.zeros(1)
+    cache.built(bad)
+    real = mx.eval
 
-    def broken(_arrays) -> None:
-        raise RuntimeError("out of memory")
+    def broken(arrays: list[mx.array]) -> None:
+        if any(array is bad for array in arrays):
+            raise RuntimeError("out of memory")
+        real(arrays)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.mx, "eval", broken)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            cache.fetch(rows_of(4))
+    monkeypatch.setattr(module.mx, "eval", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.fetch(rows_of(4))
     assert not cache.rows().size
-    cache.fetch(rows_of(2, 4))
+    cache.fetch(rows_of(2, 4))  # what failed is not tried for ever
     assert cache.rows().tolist() == [2, 4]
     assert_slots_hold(cache, dense)
 

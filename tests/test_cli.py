@@ -519,12 +519,14 @@ def test_inspect_context(run, steady):
 # The process: what only a real one shows
 
 
-def start(*args, **options):
+def start(*args, **environment):
+    """``python -m mlx_flash`` in pipes, which Python buffers unless it is told not to."""
+    given = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     return subprocess.Popen(
         [sys.executable, "-m", "mlx_flash", *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **options,
+        env=given | environment,
     )
 
 
@@ -596,7 +598,7 @@ def test_terminal_without_the_letters(endless, tmp_path):
     process = start(
         "generate",
         *("--model", endless, "--prompt", "hé", "--max-tokens", 4),
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        PYTHONIOENCODING="ascii",
     )
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, b"")

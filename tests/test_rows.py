@@ -471,7 +471,7 @@ def test_flipped_header_bytes_never_surprise(tmp_path):
     text = len(raw[: file.layers[0].offset].rstrip())
     rng = np.random.default_rng(1)
     opened = 0
-    for _ in range(1500):
+    for _ in range(600):
         changed = raw.copy()
         for at in rng.integers(0, text, int(rng.integers(1, 4))):
             changed[at] = int(rng.integers(32, 127))
@@ -482,7 +482,7 @@ def test_flipped_header_bytes_never_surprise(tmp_path):
             continue
         opened += 1  # a changed source, hash or part is no contradiction
         assert found.bytes == len(raw) and [x.rows for x in found.layers] == [5, 2]
-    assert 0 < opened < 800
+    assert 0 < opened < 300
 
 
 # Resuming
