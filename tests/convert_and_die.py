@@ -25,7 +25,7 @@ from mlx_flash.errors import FlashError
 
 NEW, OLD, OUT, SCENE, STRIDE = sys.argv[1:]
 OUT = Path(OUT)
-converter.BLOCK_BYTES = 1 << 13
+converter.BLOCK_BYTES = 1 << 15
 converter.SHARD_BYTES = 1 << 16
 os.fsync = lambda _fd: None  # a kill leaves the kernel and its cache alive
 
