@@ -181,7 +181,7 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
         listed = "\n".join(f"  {size / 1e6:10.1f} MB  {label}" for label, size in parts.items())
         raise BudgetError(
             f"RAM budget {show(ram)} is too small for this model; the least that works is "
-            f"{show(_up(needs.least))}:\n{listed}\nA shorter context needs less."
+            f"{show(round_up(needs.least))}:\n{listed}\nA shorter context needs less."
         )
     count = len(needs.layers)
     candidates = [0, *range(needs.buffers + 1, count + 1)]
@@ -209,5 +209,6 @@ def _step(room: int, needs: Needs) -> int:
     return min(low * least, needs.max_step)
 
 
-def _up(nbytes: int) -> int:
+def round_up(nbytes: int) -> int:
+    """To whole megabytes, so that a figure that is shown does when it is given back."""
     return -(-nbytes // 10**6) * 10**6

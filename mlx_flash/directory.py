@@ -1,6 +1,6 @@
 """A model directory: its config, its row file, and whether they belong together.
 
-Knows: file names, the config's ``flash`` object, hashes. Does not know: MLX, mlx-lm, how weights
+Knows: file names, the config's ``flash`` object, hashes. Does not know: mlx-lm, how weights
 are used. Opening reads headers only.
 """
 

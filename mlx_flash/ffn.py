@@ -16,14 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .cache import DTYPES, SlotMemory
+from .cache import DTYPES, UNITS, SlotMemory
 from .families import Ffn
 from .reader import RowReader
 from .rows import RowFile
 from .stream import LayerStream
 
 CHUNK_BYTES = 4 << 20
-UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
 class RowLinear(nn.Module):
@@ -99,12 +98,12 @@ def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array
     d_model, dtype = parts[0].width, DTYPES[parts[0].dtype]
     chunk = SlotMemory(reader.layout, min(rows, max(1, CHUNK_BYTES // reader.layout.stride)))
     raw = {2: np.uint16, 4: np.uint32}[dtype.size]
-    arrays = {name: mx.zeros((rows, d_model), UNSIGNED[dtype.size]) for name in ffn.parts[:-1]}
+    arrays = {name: mx.zeros((rows, d_model), UNITS[dtype.size]) for name in ffn.parts[:-1]}
     if ffn.fused:
-        both = mx.zeros((2 * rows, d_model), UNSIGNED[dtype.size])
+        both = mx.zeros((2 * rows, d_model), UNITS[dtype.size])
         mx.eval(both)
         arrays = {"gate": both[:rows], "up": both[rows:]}
-    arrays["down"] = mx.zeros((d_model, rows), UNSIGNED[dtype.size])
+    arrays["down"] = mx.zeros((d_model, rows), UNITS[dtype.size])
     mx.eval(arrays)
     views = {name: np.array(array, copy=False) for name, array in arrays.items()}
     for start in range(0, rows, chunk.capacity):

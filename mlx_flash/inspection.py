@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import footprint
-from .budget import make_plan, show
+from .budget import make_plan, round_up, show
 from .directory import ModelDirectory
-from .loader import needs_of
+from .loader import load_tokenizer, needs_of
 from .reader import RowReader
 from .rows import ITEMSIZE
 
@@ -20,9 +20,13 @@ STEPS = 5  # budgets shown, from the least to what the dense model takes
 def describe(directory: ModelDirectory, context: int | None = None) -> dict[str, Any]:
     """Figures of a model directory as a JSON-ready dict; sizes in bytes."""
     rows = directory.rows
+    tokenizer = load_tokenizer(directory)  # a part of what a process takes
     reader = RowReader(rows)
-    needs = needs_of(directory, reader, context)
-    reader.close()
+    try:
+        needs = needs_of(directory, reader, context)
+    finally:
+        reader.close()
+    del tokenizer
     item = ITEMSIZE[rows.layout.parts[0].dtype]
     count = sum(layer.rows for layer in rows.layers)
     return {
@@ -51,11 +55,7 @@ def _budgets(least: int, dense: int) -> list[int]:
     top = min(dense, footprint.machine())
     if least > top:
         return []
-    return [_up(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
-
-
-def _up(nbytes: int) -> int:
-    return -(-nbytes // 10**6) * 10**6
+    return [round_up(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
 
 
 def _budget(needs: Any, ram: int) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import families, footprint
-from .budget import BUFFERS, Needs, Plan, make_plan, parse_ram, show, split
+from .budget import BUFFERS, MAX_STEP, Needs, Plan, make_plan, parse_ram, show, split
 from .cache import DTYPES
 from .directory import ModelDirectory
 from .errors import BudgetError, FlashError, ModelError
@@ -72,6 +75,7 @@ class Flash:
         self.max_tokens: int | None = None
         self._forwards = 0
         self._found: list[tuple[str, nn.Module]] = []
+        self._lock = threading.Lock()
 
     def stats(self) -> FlashStats:
         """The counters as they stand."""
@@ -143,27 +147,44 @@ class Flash:
             setattr(parent, name, FlashMLP(mlp, self.directory.ffn, i, self.stream))
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
-        """Run the model on chunks of the prompt that the plan has memory for."""
-        step, length = self.plan.step, inputs.shape[1]
-        self._check_context(cache, length)
-        if extra or not cache or length <= step:
-            self._forwards += 1
-            return forward(inputs, cache=cache, **extra)
-        outputs = []
-        for start in range(0, length, step):
-            self._forwards += 1
-            outputs.append(forward(inputs[:, start : start + step], cache=cache))
-            mx.eval([c.state for c in cache])
+        """Run the model, a prompt in chunks that the plan has memory for.
+
+        One thread at a time: buffers are filled for one forward pass. A call without a cache, or
+        with more than tokens and a cache, is not cut up.
+        """
+        batch, length = inputs.shape[:2]
+        step = max(1, self.plan.step // batch)
+        with self._lock:
+            self._check_context(cache, batch, length)
+            try:
+                if extra or not cache or length <= step:
+                    return self._counted(forward, inputs, cache, extra)
+                outputs = []
+                for start in range(0, length, step):
+                    chunk = inputs[:, start : start + step]
+                    outputs.append(self._counted(forward, chunk, cache, {}))
+                    mx.eval([c.state for c in cache])
+            except BaseException:
+                if self.stream:
+                    self.stream.close()
+                raise
         return mx.concatenate(outputs, axis=1)
 
-    def _check_context(self, cache: Any, length: int) -> None:
-        offsets = [getattr(c, "offset", None) for c in cache or ()]
-        offset = next((o for o in offsets if isinstance(o, int)), 0)
-        if self.max_tokens is not None and offset + length > self.max_tokens:
+    def _counted(
+        self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any
+    ) -> Any:
+        output = forward(inputs, cache=cache, **extra)
+        self._forwards += 1
+        return output
+
+    def _check_context(self, cache: Any, batch: int, length: int) -> None:
+        if self.max_tokens is None:
+            return
+        tokens = batch * (_offset(cache) + length)
+        if tokens > self.max_tokens:
             raise BudgetError(
-                f"{offset + length} tokens are more than the context of {self.max_tokens} that "
-                f"the budget of {show(self.plan.ram or 0)} was planned for; "
-                "load with a larger context"
+                f"{tokens} tokens are more than the context of {self.max_tokens} that the budget "
+                f"of {show(self.plan.ram or 0)} was planned for; load with a larger context"
             )
 
 
@@ -182,10 +203,14 @@ def load(
         ram: bytes or text such as "1.5GB" that the whole process may take, the KV cache for
             ``context`` tokens included. None takes up to three quarters of the machine's memory.
         use_flash: False loads mlx-lm's dense model, every weight in memory.
-        context: tokens, prompt and generated, that the budget is planned for; with a budget the
-            model refuses to go beyond. Default 2048, or what the model was made for if less.
+        context: tokens, prompt and generated, all sequences of a batch together, that the budget
+            is planned for; with a budget the model refuses to go beyond. Default 2048, or what
+            the model was made for if less.
         kept_share: for experiments, the share of layers whose rows are kept, instead of what the
             budget would buy.
+
+    With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
+    used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
 
     Returns:
         (model, tokenizer). ``model.flash`` has the plan and the counters (not for a dense model).
@@ -217,27 +242,40 @@ def load_model(
     if context is not None and context < 1:
         raise BudgetError(f"a context is at least one token, got {context}")
     reader = RowReader(directory.rows)
-    needs = needs_of(directory, reader, context)
-    budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
-    plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
-    if ram is not None:
-        mx.set_cache_limit(MLX_CACHE)
-    flash = Flash(directory, plan, reader)
-    if ram is not None and use_flash:
-        flash.max_tokens = _kv_tokens(needs.context)
-    classes = functools.partial(_classes, flash=flash, paged=use_flash)
     try:
-        model, _ = utils.load_model(directory.path, get_model_classes=classes)
-    except FlashError:
+        needs = needs_of(directory, reader, context)
+        budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
+        plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
+        flash = Flash(directory, plan, reader)
+        if ram is not None:
+            mx.set_cache_limit(MLX_CACHE)
+            flash.max_tokens = needs.context
+        classes = functools.partial(_classes, flash=flash, paged=use_flash)
+        with _foreign_errors(directory):
+            model, _ = utils.load_model(directory.path, get_model_classes=classes)
+        if use_flash:
+            flash.start(model)
+            model.flash = flash
+    except BaseException:
+        reader.close()
         raise
-    except (ValueError, RuntimeError) as error:
-        raise ModelError(f"{directory.path} cannot be loaded: {error}") from error
-    if use_flash:
-        flash.start(model)
-        model.flash = flash
-    else:
-        flash.close()
+    if not use_flash:
+        reader.close()
     return model
+
+
+@contextmanager
+def _foreign_errors(directory: ModelDirectory) -> Iterator[None]:
+    """The config drives mlx-lm's code, which may fail in any way: name the directory."""
+    try:
+        yield
+    except (FlashError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{directory.path} cannot be loaded, its config.json or weights were changed: "
+            f"{type(error).__name__}: {error}; convert the model again"
+        ) from error
 
 
 def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None = None) -> Needs:
@@ -270,26 +308,42 @@ def kv_bytes(directory: ModelDirectory, context: int) -> int:
 
     A forward pass of one token is built but never evaluated; the shapes of its caches tell.
     """
-    model_class, args_class = utils._get_classes(directory.config)
-    model = model_class(args_class.from_dict(directory.config))
-    model.set_dtype(DTYPES[directory.rows.layout.parts[0].dtype])
-    cache = make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=cache)
-    total = largest = 0
-    for entry in cache:
-        arrays = [a for _, a in tree_flatten(entry.state) if isinstance(a, mx.array)]
-        keys = getattr(entry, "keys", None)
-        if isinstance(keys, mx.array) and keys.ndim == 4:
-            tokens = min(_kv_tokens(context), getattr(entry, "max_size", None) or 2**31)
-            size = tokens * sum(a.nbytes // a.shape[2] for a in (keys, entry.values))
-        else:
-            size = sum(a.nbytes for a in arrays)
-        total, largest = total + size, max(largest, size)
-    return total + largest  # a layer's cache is copied as it grows
+    with _foreign_errors(directory):
+        model_class, args_class = utils._get_classes(directory.config)
+        model = model_class(args_class.from_dict(directory.config))
+        model.set_dtype(DTYPES[directory.rows.layout.parts[0].dtype])
+        cache = make_prompt_cache(model)
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
+    sizes = [_cache_bytes(leaf, context) for leaf in _leaves(cache)]
+    return sum(sizes) + max(sizes, default=0)  # a layer's cache is copied as it grows
 
 
-def _kv_tokens(context: int) -> int:
-    return (context // KV_STEP + 1) * KV_STEP
+def _cache_bytes(leaf: Any, context: int) -> int:
+    keys = getattr(leaf, "keys", None)
+    if not isinstance(keys, mx.array) or keys.ndim != 4:
+        return sum(a.nbytes for _, a in tree_flatten(leaf.state) if isinstance(a, mx.array))
+    tokens = (context // KV_STEP + 1) * KV_STEP
+    if window := getattr(leaf, "max_size", None):
+        tokens = min(tokens, window + MAX_STEP)  # a chunk goes in before the window is cut
+    return tokens * sum(a.nbytes // a.shape[2] for a in (keys, leaf.values))
+
+
+def _leaves(cache: Any) -> Iterator[Any]:
+    """The caches of a prompt cache, those inside a CacheList one by one."""
+    for entry in cache or ():
+        inner = getattr(entry, "caches", None)
+        yield from _leaves(inner) if inner is not None else (entry,)
+
+
+def _offset(cache: Any) -> int:
+    """Tokens in a prompt cache; of a batch, in its longest row."""
+    for leaf in _leaves(cache):
+        offset = getattr(leaf, "offset", None)
+        if isinstance(offset, int):
+            return offset
+        if isinstance(offset, mx.array):
+            return max(0, int(offset.max().item()))
+    return 0
 
 
 def _workspace(config: dict[str, Any], rows: int, layout: Any, context: int, step: int) -> int:
@@ -326,6 +380,7 @@ def _choose(
 def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:
     """mlx-lm's classes for a config, the model's with paged FFNs."""
     base, args_class = utils._get_classes(config)
+    names = list(inspect.signature(base.__call__).parameters)[2:]
 
     class FlashModel(base):
         def __init__(self, args: Any) -> None:
@@ -337,8 +392,9 @@ def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, t
 
         @functools.wraps(base.__call__)
         def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
-            if args or not paged:
-                return super().__call__(inputs, *args, **kwargs)
+            kwargs |= dict(zip(names, args, strict=False))
+            if not paged:
+                return super().__call__(inputs, **kwargs)
             cache = kwargs.pop("cache", None)
             return flash.call(super().__call__, inputs, cache, kwargs)
 
