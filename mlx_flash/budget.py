@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from .errors import BudgetError
 
@@ -49,9 +50,9 @@ def parse_ram(size: int | str) -> int:
                 f"RAM budget {size!r} is not a size; expected bytes or a number with KB, MB, GB, "
                 "KiB, MiB or GiB, such as 1.5GB or 512MiB"
             )
-        size = int(float(match[1]) * UNITS[match[2].upper()])
-    if size <= 0:
-        raise BudgetError(f"RAM budget {size} is not positive")
+        size = int(Decimal(match[1]) * UNITS[match[2].upper()])
+    if not 0 < size < 2**63:
+        raise BudgetError("a RAM budget is more than 0 and less than 2^63 bytes")
     return size
 
 
@@ -165,16 +166,21 @@ def split(layers: int, streamed: int) -> tuple[tuple[int, ...], tuple[int, ...]]
     return tuple(i for i in range(layers) if i not in set(chosen)), chosen
 
 
+def check_machine(ram: int, machine: int) -> None:
+    """Raise BudgetError for a budget that the machine does not have."""
+    if ram > machine:
+        raise BudgetError(
+            f"RAM budget {show(ram)} is larger than the machine's memory, {show(machine)}"
+        )
+
+
 def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
     """The plan that makes the most of ``ram`` bytes.
 
     Raises:
         BudgetError: more than the machine has, or less than the least; it lists what that is.
     """
-    if ram > machine:
-        raise BudgetError(
-            f"RAM budget {show(ram)} is larger than the machine's memory, {show(machine)}"
-        )
+    check_machine(ram, machine)
     if ram < needs.least:
         small = sum(needs.layers) <= needs.buffers * needs.buffer
         parts = needs.table(needs.min_step, range(len(needs.layers)) if small else ())
@@ -210,5 +216,5 @@ def _step(room: int, needs: Needs) -> int:
 
 
 def round_up(nbytes: int) -> int:
-    """To whole megabytes, so that a figure that is shown does when it is given back."""
-    return -(-nbytes // 10**6) * 10**6
+    """To whole megabytes and one more: a process does not take the same twice."""
+    return (-(-nbytes // 10**6) + 1) * 10**6

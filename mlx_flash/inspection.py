@@ -12,7 +12,6 @@ from .budget import make_plan, round_up, show
 from .directory import ModelDirectory
 from .loader import load_tokenizer, needs_of
 from .reader import RowReader
-from .rows import ITEMSIZE
 
 STEPS = 5  # budgets shown, from the least to what the dense model takes
 
@@ -27,7 +26,6 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
     finally:
         reader.close()
     del tokenizer
-    item = ITEMSIZE[rows.layout.parts[0].dtype]
     count = sum(layer.rows for layer in rows.layers)
     return {
         "path": str(directory.path),
@@ -35,7 +33,7 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "unit": "neuron",
         "activation": directory.ffn.activation,
         "dtype": rows.layout.parts[0].dtype,
-        "parameters": (count * rows.layout.ideal_bytes + needs.resident) // item,
+        "parameters": directory.config["flash"]["parameters"],
         "resident_bytes": needs.resident,
         "layers": len(rows.layers),
         "rows": count,

@@ -25,7 +25,7 @@ from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import families, footprint
-from .budget import BUFFERS, MAX_STEP, Needs, Plan, make_plan, parse_ram, show, split
+from .budget import BUFFERS, MAX_STEP, Needs, Plan, check_machine, make_plan, parse_ram, show, split
 from .cache import DTYPES
 from .directory import ModelDirectory
 from .errors import BudgetError, FlashError, ModelError
@@ -226,8 +226,9 @@ def load(
 
 def load_tokenizer(directory: ModelDirectory) -> Any:
     """mlx-lm's tokenizer of a model directory."""
-    eos = utils.load_config(directory.path).get("eos_token_id")
-    return utils.load_tokenizer(directory.path, eos_token_ids=eos)
+    with _foreign_errors(directory, "its tokenizer files or config.json"):
+        eos = utils.load_config(directory.path).get("eos_token_id")
+        return utils.load_tokenizer(directory.path, eos_token_ids=eos)
 
 
 def load_model(
@@ -265,15 +266,17 @@ def load_model(
 
 
 @contextmanager
-def _foreign_errors(directory: ModelDirectory) -> Iterator[None]:
-    """The config drives mlx-lm's code, which may fail in any way: name the directory."""
+def _foreign_errors(
+    directory: ModelDirectory, what: str = "its config.json or weights"
+) -> Iterator[None]:
+    """The files drive mlx-lm's code, which may fail in any way: name the directory."""
     try:
         yield
     except (FlashError, MemoryError):
         raise
     except Exception as error:
         raise ModelError(
-            f"{directory.path} cannot be loaded, its config.json or weights were changed: "
+            f"{directory.path} cannot be loaded, {what} were changed: "
             f"{type(error).__name__}: {error}; convert the model again"
         ) from error
 
@@ -362,6 +365,7 @@ def _choose(
     budget: int, needs: Needs, use_flash: bool, kept_share: float | None, limited: bool
 ) -> Plan:
     count = len(needs.layers)
+    check_machine(budget, footprint.machine())
     if kept_share is not None or not use_flash:
         share = 1.0 if not use_flash else kept_share
         if not 0 <= share <= 1:

@@ -261,7 +261,7 @@ def test_prompt_from_stdin(source, generate, monkeypatch):
         (["--ram", "lots"], "RAM budget 'lots' is not a size"),
         (["--ram", "1.5XB"], "RAM budget '1.5XB' is not a size"),
         (["--ram", ""], "RAM budget '' is not a size"),
-        (["--ram", "0"], "RAM budget 0 is not positive"),
+        (["--ram", "0"], "a RAM budget is more than 0"),
         (["--ram=-1GB"], "RAM budget '-1GB' is not a size"),
         (["--ram", "500TB"], "is larger than the machine's memory"),
         (["--stats", "/nowhere/to/be/found.json"], "/nowhere/to/be is no directory"),
@@ -354,7 +354,7 @@ def test_budget_too_small(model, source, run, generate, steady):
     assert {"resident weights", "row reader", "2 streaming buffers", "slack"} <= listed.keys()
     assert any(label.startswith("KV cache for ") for label in listed)
     least = int(found[1])
-    assert sum(listed.values()) == pytest.approx(least, abs=1.2)
+    assert least - 2.2 <= sum(listed.values()) <= least
     stats, _ = generate("--ram", f"{least}MB")
     assert stats["budget_bytes"] == least * 10**6
     assert stats["tokens"] == reference(source)[0]
@@ -498,7 +498,6 @@ def test_inspect(model, run, steady):
     assert len(lines) == 6 + len(info["budgets"])
 
 
-@pytest.mark.xfail(strict=True, reason="the headers of the files are counted, too")
 def test_inspect_counts_parameters(model, source, run):
     weights = mx.load(str(source / "model.safetensors"))
     info = json.loads(run("inspect", "--json")[1])
