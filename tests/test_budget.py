@@ -40,7 +40,9 @@ def test_parse(text, expected):
     assert parse_ram(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "lots", "1.5XB", "-1GB", "1e9", "9" * 400, "0", 0, -5, True, 1.5])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "lots", "1.5XB", "-1GB", "1e9", "9" * 400, "0", 0, -5, True, 1.5]
+)
 def test_parse_refuses(text):
     with pytest.raises(BudgetError):
         parse_ram(text)
