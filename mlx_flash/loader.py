@@ -22,6 +22,7 @@ from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import families, footprint
+from .architectures import get_classes
 from .budget import BUFFERS, Needs, Plan, make_plan, parse_ram, show, split
 from .cache import DTYPES
 from .directory import ModelDirectory
@@ -270,7 +271,7 @@ def kv_bytes(directory: ModelDirectory, context: int) -> int:
 
     A forward pass of one token is built but never evaluated; the shapes of its caches tell.
     """
-    model_class, args_class = utils._get_classes(directory.config)
+    model_class, args_class = get_classes(directory.config)
     model = model_class(args_class.from_dict(directory.config))
     model.set_dtype(DTYPES[directory.rows.layout.parts[0].dtype])
     cache = make_prompt_cache(model)
@@ -325,7 +326,7 @@ def _choose(
 
 def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:
     """mlx-lm's classes for a config, the model's with paged FFNs."""
-    base, args_class = utils._get_classes(config)
+    base, args_class = get_classes(config)
 
     class FlashModel(base):
         def __init__(self, args: Any) -> None:
