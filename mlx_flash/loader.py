@@ -1,8 +1,8 @@
 """A model directory to what mlx-lm's own generation takes: (model, tokenizer).
 
-The model is mlx-lm's class for the family with the FFN of some layers replaced. Layers whose rows
-are kept are mlx-lm's own modules with weights read from the row file; the others stream. Nothing
-in mlx_lm is patched.
+The model is the family's class (``architectures``) with the FFN of some layers replaced. Layers
+whose rows are kept are its own modules with weights read from the row file; the others stream.
+Nothing in mlx_lm is patched.
 
 Knows: mlx-lm's loading contract, what things cost in memory. Does not know: the command line.
 """
@@ -325,7 +325,7 @@ def _choose(
 
 
 def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:
-    """mlx-lm's classes for a config, the model's with paged FFNs."""
+    """The classes for a config, the model's with paged FFNs."""
     base, args_class = get_classes(config)
 
     class FlashModel(base):

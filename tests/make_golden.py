@@ -52,6 +52,7 @@ FALCON = {
 }
 FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON_RW = FALCON | {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False}
+FALCON_RW |= {"num_attention_heads": 16}  # enough that slopes are no powers of two
 PERSIMMON = {
     "model_type": "persimmon",
     "vocab_size": VOCAB,
@@ -84,7 +85,7 @@ CASES = {
     "falcon-11b": FALCON_40B
     | {"num_ln_in_parallel_attn": 1, "rope_theta": 500042.0, "tie_word_embeddings": False},
     "falcon-rw": FALCON_RW,
-    "falcon-alibi-6-heads": FALCON | {"alibi": True, "hidden_size": 36, "num_attention_heads": 6},
+    "falcon-alibi-12-heads": FALCON | {"alibi": True, "hidden_size": 36, "num_attention_heads": 12},
     "falcon-all-keys": FALCON | {"multi_query": False},
     "falcon-sequential": FALCON | {"parallel_attn": False, "bias": True, "activation": "relu"},
     "falcon-bare": FALCON_40B  # names without "transformer."

@@ -1,4 +1,4 @@
-"""The paged model against mlx-lm's dense one: the same logits to the bit, the same tokens."""
+"""The paged model against the dense one: the same logits to the bit, the same tokens."""
 
 import mlx.core as mx
 import pytest
