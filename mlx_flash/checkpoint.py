@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
+from .architectures import get_classes
 from .directory import find_ffn, read_config
 from .errors import DamagedError, ModelError
 from .gguf_source import GGUFCheckpoint
@@ -229,7 +230,7 @@ def _load_lazily(path: Path, config: dict[str, Any], files: list[Path]) -> dict[
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
     try:
-        model_class, args_class = utils._get_classes(config)
+        model_class, args_class = get_classes(config)
         model = model_class(args_class.from_dict(config))
         model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))  # built, not evaluated
     except Exception as error:  # the config drives foreign code, which may fail in any way

@@ -22,6 +22,7 @@ import numpy as np
 from mlx_lm import utils
 
 from . import families, output
+from .architectures import get_classes
 from .cache import DTYPES
 from .checkpoint import Checkpoint, open_checkpoint
 from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_ffn
@@ -192,7 +193,7 @@ def _digest(what: Any) -> str:
 
 def _ffn_names(checkpoint: Checkpoint, ffn: Ffn) -> list[dict[str, str]]:
     """For each layer, part (or "fused") to weight name; checks that the shapes agree."""
-    model_class, args_class = utils._get_classes(checkpoint.config)
+    model_class, args_class = get_classes(checkpoint.config)
     model = model_class(args_class.from_dict(checkpoint.config))
     layers = []
     for path, _ in families.modules(model, ffn):

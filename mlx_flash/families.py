@@ -1,4 +1,4 @@
-"""Where each model family of mlx-lm keeps its FFN, and what the FFN computes.
+"""Where each model family keeps its FFN, and what the FFN computes.
 
 Knows: for a Hugging Face ``model_type``, the attribute of a layer that holds the FFN and the names
 of its projections. Does not know: how rows are stored or paged. A family that is not in the table
@@ -7,20 +7,21 @@ is an error that lists the table: a guessed place would page the wrong matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import mlx.nn as nn
 
 from .errors import ModelError
+from .models.activations import NAMES
 
 SILU = ("silu", "swish")
 # Exact and tanh forms differ by less than 5e-4; mlx-lm picks one per family, whatever is asked for.
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 RELU2 = ("relu2",)
 
-# Config value -> function, in the families whose module does what the config says.
+# Config value -> function, in the families whose module in mlx-lm does what the config says.
 FOLLOWED = {
     **dict.fromkeys(SILU, "silu"),
     **dict.fromkeys(GELU, "gelu_approx"),
@@ -43,6 +44,7 @@ class Ffn:
         config_activations: values of the config's activation key under which that is right.
         activation_keys: keys of the config that may name the activation; absent or null is fine.
         follows_config: the module computes the activation that the config names.
+        followed: config value -> function, if so.
         norm: name of a norm inside the module, applied to x first.
         experts: key of the config that tells a mixture, and its largest value in a dense model.
     """
@@ -61,6 +63,7 @@ class Ffn:
         "activation_fn_name",
     )
     follows_config: bool = False
+    followed: dict[str, str] = field(default_factory=lambda: FOLLOWED, compare=False)
     norm: str | None = None
     experts: tuple[str, int] | None = None
 
@@ -80,6 +83,20 @@ def _geglu(activation: str = "gelu_approx", **other: Any) -> Ffn:
 
 def _ungated(up: str, down: str, activation: str, config_activations: tuple[str, ...]) -> Ffn:
     return Ffn("mlp", up, down, None, None, activation, config_activations)
+
+
+def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
+    """An ungated FFN of a decoder in ``models``, all of which do what the config says."""
+    return Ffn(
+        "mlp",
+        up,
+        down,
+        gate=None,
+        activation=activation,
+        activation_keys=keys,
+        follows_config=True,
+        followed=NAMES,
+    )
 
 
 FAMILIES: dict[str, Ffn] = {
@@ -157,6 +174,10 @@ FAMILIES: dict[str, Ffn] = {
     "nemotron": _ungated("up_proj", "down_proj", "relu2", RELU2),
     "phi": _ungated("fc1", "fc2", "gelu_approx", GELU),
     "starcoder2": _ungated("c_fc", "c_proj", "gelu", GELU),
+    # No gate; decoders of this package.
+    "falcon": _own("dense_h_to_4h", "dense_4h_to_h", "gelu", "activation", "hidden_act"),
+    "opt": _own("fc1", "fc2", "relu", "activation_function"),
+    "persimmon": _own("dense_h_to_4h", "dense_4h_to_h", "relu2", "hidden_act"),
 }
 
 
@@ -185,17 +206,22 @@ def find(config: dict[str, Any]) -> Ffn:
     named = {k: config[k] for k in ffn.activation_keys if config.get(k) is not None}
     for key, value in named.items():
         ffn = _with_activation(ffn, model_type, key, value)
+    if ffn.followed is NAMES and len({NAMES[value] for value in named.values()}) > 1:
+        said = " and ".join(f"{key} {value!r}" for key, value in named.items())
+        raise ModelError(
+            f"this {model_type} model names two activations, {said}; "
+            "take the one that it was not trained with out of its config.json"
+        )
     return ffn
 
 
 def _with_activation(ffn: Ffn, model_type: str, key: str, value: Any) -> Ffn:
     """``ffn`` under the activation that a config names; raises ModelError if it is ignored."""
     if ffn.follows_config:
-        if value in FOLLOWED:
-            return replace(ffn, activation=FOLLOWED[value])
-        raise ModelError(
-            f"{key} of this {model_type} model is {value!r}; expected one of {', '.join(FOLLOWED)}"
-        )
+        if value in ffn.followed:
+            return replace(ffn, activation=ffn.followed[value])
+        known = ", ".join(ffn.followed)
+        raise ModelError(f"{key} of this {model_type} model is {value!r}; expected one of {known}")
     if value in ffn.config_activations:
         return ffn
     raise ModelError(

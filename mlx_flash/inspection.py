@@ -10,7 +10,8 @@ from typing import Any
 from . import footprint
 from .budget import make_plan, round_up, show
 from .directory import ModelDirectory
-from .loader import load_tokenizer, needs_of
+from .loader import load_tokenizer
+from .needs import needs_of
 from .reader import RowReader
 
 STEPS = 5  # budgets shown, from the least to what the dense model takes

@@ -1,10 +1,11 @@
 """A model directory to what mlx-lm's own generation takes: (model, tokenizer).
 
-The model is mlx-lm's class for the family with the FFN of some layers replaced. Layers whose rows
-are kept are mlx-lm's own modules with weights read from the row file; the others stream. Nothing
-in mlx_lm is patched.
+The model is the family's class (``architectures``) with the FFN of some layers replaced. Layers
+whose rows are kept are its own modules with weights read from the row file; the others stream.
+Nothing in mlx_lm is patched.
 
-Knows: mlx-lm's loading contract, what things cost in memory. Does not know: the command line.
+Knows: mlx-lm's loading contract. Does not know: what things cost in memory (``needs``), the command
+line.
 """
 
 from __future__ import annotations
@@ -13,31 +14,23 @@ import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm import utils
-from mlx_lm.models.cache import make_prompt_cache
 
 from . import families, footprint
-from .budget import BUFFERS, MAX_STEP, Needs, Plan, check_machine, make_plan, parse_ram, show, split
-from .cache import DTYPES
+from .architectures import get_classes
+from .budget import BUFFERS, Needs, Plan, check_machine, make_plan, parse_ram, show, split
 from .directory import ModelDirectory
-from .errors import BudgetError, FlashError, ModelError
-from .ffn import CHUNK_BYTES, FlashMLP, dense_weights, placeholders, use_rows
+from .errors import BudgetError, ModelError
+from .ffn import FlashMLP, dense_weights, placeholders, use_rows
+from .needs import MLX_CACHE, foreign_errors, needs_of, tokens_in
 from .reader import RowReader
 from .stream import LayerStream
-
-DEFAULT_CONTEXT = 2048
-KV_STEP = 256  # mlx-lm's KV caches grow by so many tokens
-MLX_CACHE = 8 << 20  # bytes that MLX may hold on to for reuse
-SLACK = 20 << 20
-SLACK_SHARE = 0.02  # of the weights: allocators round up
 
 
 @dataclasses.dataclass
@@ -180,7 +173,7 @@ class Flash:
     def _check_context(self, cache: Any, batch: int, length: int) -> None:
         if self.max_tokens is None:
             return
-        tokens = batch * (_offset(cache) + length)
+        tokens = batch * (tokens_in(cache) + length)
         if tokens > self.max_tokens:
             raise BudgetError(
                 f"{tokens} tokens are more than the context of {self.max_tokens} that the budget "
@@ -226,7 +219,7 @@ def load(
 
 def load_tokenizer(directory: ModelDirectory) -> Any:
     """mlx-lm's tokenizer of a model directory."""
-    with _foreign_errors(directory, "its tokenizer files or config.json"):
+    with foreign_errors(directory, "its tokenizer files or config.json"):
         eos = utils.load_config(directory.path).get("eos_token_id")
         return utils.load_tokenizer(directory.path, eos_token_ids=eos)
 
@@ -252,7 +245,7 @@ def load_model(
             mx.set_cache_limit(MLX_CACHE)
             flash.max_tokens = needs.context
         classes = functools.partial(_classes, flash=flash, paged=use_flash)
-        with _foreign_errors(directory):
+        with foreign_errors(directory):
             model, _ = utils.load_model(directory.path, get_model_classes=classes)
         if use_flash:
             flash.start(model)
@@ -263,102 +256,6 @@ def load_model(
     if not use_flash:
         reader.close()
     return model
-
-
-@contextmanager
-def _foreign_errors(
-    directory: ModelDirectory, what: str = "its config.json or weights"
-) -> Iterator[None]:
-    """The files drive mlx-lm's code, which may fail in any way: name the directory."""
-    try:
-        yield
-    except (FlashError, MemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{directory.path} cannot be loaded, {what} were changed: "
-            f"{type(error).__name__}: {error}; convert the model again"
-        ) from error
-
-
-def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None = None) -> Needs:
-    """What the model in a directory needs, by size; nothing is loaded."""
-    if context is None:
-        context = min(DEFAULT_CONTEXT, directory.config.get("max_position_embeddings") or 2**31)
-    layout, layers = directory.rows.layout, directory.rows.layers
-    kv_cache = kv_bytes(directory, context)
-    mx.clear_cache()
-    footprint.trim()
-    resident = sum(file.stat().st_size for file in directory.shards)
-    weights = tuple(layer.rows * layout.ideal_bytes for layer in layers)
-    widest = max(layer.rows for layer in layers)
-    return Needs(
-        process=footprint.current(),
-        resident=resident,
-        kv_cache=kv_cache,
-        context=context,
-        reader=reader.overhead_bytes + CHUNK_BYTES,
-        slack=SLACK + int(SLACK_SHARE * (resident + sum(weights))),
-        layers=weights,
-        buffer=widest * sum(layout.extents),
-        buffers=min(BUFFERS, len(layers)),
-        workspace=functools.partial(_workspace, directory.config, widest, layout, context),
-    )
-
-
-def kv_bytes(directory: ModelDirectory, context: int) -> int:
-    """Bytes of the KV cache for ``context`` tokens.
-
-    A forward pass of one token is built but never evaluated; the shapes of its caches tell.
-    """
-    with _foreign_errors(directory):
-        model_class, args_class = utils._get_classes(directory.config)
-        model = model_class(args_class.from_dict(directory.config))
-        model.set_dtype(DTYPES[directory.rows.layout.parts[0].dtype])
-        cache = make_prompt_cache(model)
-        model(mx.zeros((1, 1), mx.int32), cache=cache)
-    sizes = [_cache_bytes(leaf, context) for leaf in _leaves(cache)]
-    return sum(sizes) + max(sizes, default=0)  # a layer's cache is copied as it grows
-
-
-def _cache_bytes(leaf: Any, context: int) -> int:
-    keys = getattr(leaf, "keys", None)
-    if not isinstance(keys, mx.array) or keys.ndim != 4:
-        return sum(a.nbytes for _, a in tree_flatten(leaf.state) if isinstance(a, mx.array))
-    tokens = (context // KV_STEP + 1) * KV_STEP
-    if window := getattr(leaf, "max_size", None):
-        tokens = min(tokens, window + MAX_STEP)  # a chunk goes in before the window is cut
-    return tokens * sum(a.nbytes // a.shape[2] for a in (keys, leaf.values))
-
-
-def _leaves(cache: Any) -> Iterator[Any]:
-    """The caches of a prompt cache, those inside a CacheList one by one."""
-    for entry in cache or ():
-        inner = getattr(entry, "caches", None)
-        yield from _leaves(inner) if inner is not None else (entry,)
-
-
-def _offset(cache: Any) -> int:
-    """Tokens in a prompt cache; of a batch, in its longest row."""
-    for leaf in _leaves(cache):
-        offset = getattr(leaf, "offset", None)
-        if isinstance(offset, int):
-            return offset
-        if isinstance(offset, mx.array):
-            return max(0, int(offset.max().item()))
-    return 0
-
-
-def _workspace(config: dict[str, Any], rows: int, layout: Any, context: int, step: int) -> int:
-    """Bytes that computing ``step`` tokens takes besides what is kept, from above."""
-    text = config.get("text_config") or config
-    item = DTYPES[layout.parts[0].dtype].size
-    heads = text.get("num_attention_heads") or text.get("n_head") or layout.parts[0].width // 64
-    vocab = text.get("vocab_size", 0)
-    attention = 4 * heads * step * (context + step) * item
-    hidden = step * (4 * rows + 12 * layout.parts[0].width) * item
-    head = vocab * (item + 5 * 4)
-    return attention + hidden + head + MLX_CACHE
 
 
 def _choose(
@@ -383,7 +280,7 @@ def _choose(
 
 def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:
     """mlx-lm's classes for a config, the model's with paged FFNs."""
-    base, args_class = utils._get_classes(config)
+    base, args_class = get_classes(config)
     names = list(inspect.signature(base.__call__).parameters)[2:]
 
     class FlashModel(base):

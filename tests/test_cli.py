@@ -19,7 +19,8 @@ from mlx_flash import cli, footprint
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import BudgetError
-from mlx_flash.loader import load, needs_of
+from mlx_flash.loader import load
+from mlx_flash.needs import needs_of
 from mlx_flash.reader import RowReader
 
 PROMPT = "the brown fox and the other"

@@ -1,4 +1,4 @@
-"""Every entry of the family table, held against mlx-lm's own modules."""
+"""Every entry of the family table, held against the modules it describes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_flash import families
+from mlx_flash.architectures import get_classes
 from mlx_flash.errors import ModelError
 from mlx_flash.families import FAMILIES, Ffn
 
@@ -80,7 +81,7 @@ class Evaluated(nn.Module):
 
 def load(path, model_type, **overrides):
     tiny.make_checkpoint(path, model_type, **overrides)
-    model, config = load_model(path)
+    model, config = load_model(path, get_model_classes=get_classes)
     return model, families.find(config)
 
 
@@ -165,6 +166,9 @@ def test_family_with_biases(model_type, override, tmp_path):
     [
         ("nemotron-nas", "hidden_act", "relu", "relu"),
         ("nemotron-nas", "hidden_act", "gelu_new", "gelu_approx"),
+        ("opt", "activation_function", "gelu", "gelu"),
+        ("falcon", "activation", "relu", "relu"),
+        ("persimmon", "hidden_act", "relu", "relu"),
         ("gear", "hidden_activation", "silu", "silu"),
         ("gear", "hidden_activation", "gelu", "gelu"),
     ],
@@ -214,6 +218,15 @@ def test_unknown_family_lists_the_known_ones():
         ("gpt2", "activation_function", "relu", "computes gelu_approx"),
         ("nemotron", "hidden_act", "silu", "expected relu2"),
         ("gear", "hidden_activation", "mish", "expected one of"),
+        ("opt", "activation_function", "mish", "expected one of relu, relu2, gelu"),
+        ("falcon", "activation", "mish", "expected one of relu, relu2, gelu"),
+        (
+            "falcon",
+            "hidden_act",
+            "relu",
+            "two activations, activation 'gelu' and hidden_act",
+        ),
+        ("persimmon", "hidden_act", "mish", "expected one of relu, relu2, gelu"),
         ("muse_glimmer", "text_config", {"hidden_activation": "relu"}, "'relu'"),
     ],
 )

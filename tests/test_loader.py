@@ -18,7 +18,8 @@ from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import BudgetError, FlashError, ModelError
 from mlx_flash.families import FAMILIES
-from mlx_flash.loader import kv_bytes, load_model, load_tokenizer, needs_of
+from mlx_flash.loader import load_model, load_tokenizer
+from mlx_flash.needs import kv_bytes, needs_of
 from mlx_flash.reader import RowReader
 
 WIDE = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}

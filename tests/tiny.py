@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mlx_flash.architectures import get_classes
 
 VOCAB = 300
 SPECIAL = ("<s>", "</s>", "<pad>")
@@ -105,6 +106,23 @@ TINY: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention"], sliding_window_pattern="LG", **_WINDOW
     )
     | {"rope_scaling": None},
+    "falcon": {
+        "activation": "gelu",
+        "alibi": False,
+        "bias": False,
+        "ffn_hidden_size": 160,
+        "hidden_size": 64,
+        "max_position_embeddings": 512,
+        "multi_query": True,
+        "new_decoder_architecture": True,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_kv_heads": 2,
+        "parallel_attn": True,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": VOCAB,
+    },
     "falcon_h1": _llama(mamba_d_ssm=128, **_MAMBA),
     # No "conv_mixer" layer: transformers refuses the type, so the tokenizer would not load.
     "gear": _gemma(layer_types=["sliding_attention", "full_attention"], **_WINDOW),
@@ -248,6 +266,25 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "vocab_size": VOCAB,
     },
+    "opt": {
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "ffn_dim": 160,
+        "hidden_size": 64,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "tie_word_embeddings": True,
+        "vocab_size": VOCAB,
+        "word_embed_proj_dim": 64,
+    },
+    "persimmon": _llama(
+        hidden_act="relu2",
+        layer_norm_eps=1e-5,
+        num_key_value_heads=None,
+        partial_rotary_factor=0.5,
+        qk_layernorm=True,
+    ),
     "phi": _llama(hidden_act="gelu_new", layer_norm_eps=1e-5, partial_rotary_factor=0.5),
     "phi3": _llama(),
     "plamo": _llama(hidden_act=None, n_shared_head=2, num_key_value_heads=None),
@@ -340,7 +377,7 @@ def make_checkpoint(
 
 def _random_weights(cfg: dict[str, Any], seed: int) -> dict[str, mx.array]:
     """Random float32 parameters of mlx-lm's model, under its names."""
-    model_class, args_class = _get_classes(cfg)
+    model_class, args_class = get_classes(cfg)
     model = model_class(args_class.from_dict(json.loads(json.dumps(cfg))))
     random = np.random.default_rng(seed)
     params = sorted(tree_flatten(model.parameters()), key=lambda item: item[0])
@@ -376,6 +413,8 @@ def _shipped(
         return {k.removeprefix("model."): v for k, v in weights.items()}
     if model_type == "gptj":
         return {k.replace("model.", "transformer."): v for k, v in weights.items()}
+    if model_type == "opt":  # the FFN lies in the layer itself
+        return {k.replace(".mlp.", "."): v for k, v in weights.items()}
     if model_type == "granitemoehybrid":  # gate and up in one matrix
         for i in range(cfg["num_hidden_layers"]):
             old, new = f"model.layers.{i}.mlp.", f"model.layers.{i}.shared_mlp."
