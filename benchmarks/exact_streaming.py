@@ -260,7 +260,7 @@ def conversion() -> dict:
 
 def kills() -> dict:
     """SIGKILL at 20 random moments of a conversion, resumed; the files against undisturbed ones."""
-    source = common.random_llama(OUT / "kill-hf", 1024, 4096, 12)
+    source = common.random_llama(OUT / "kill-hf", 1024, 2816, 6, vocab=8000)
     args = [sys.executable, "-m", "mlx_flash", "convert", "--model", str(source), "--mlx-path"]
 
     def files(path: Path) -> dict[str, bytes]:
