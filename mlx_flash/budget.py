@@ -192,7 +192,7 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
     count = len(needs.layers)
     candidates = [0, *range(needs.buffers + 1, count + 1)]
     for streamed in candidates:
-        kept, chosen = split(count, streamed) if streamed else (tuple(range(count)), ())
+        kept, chosen = split(count, streamed)
         room = ram - needs.fixed - needs.reader - (needs.buffers * needs.buffer if streamed else 0)
         left = room - sum(needs.layers[i] for i in kept)
         wanted = _step(room // STEP_SHARE, needs) if streamed else needs.resident_step

@@ -23,11 +23,11 @@ from mlx_lm import utils
 
 from . import families, output
 from .architectures import get_classes
-from .cache import DTYPES
+from .cache import DTYPES, UNITS
 from .checkpoint import Checkpoint, open_checkpoint
 from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_ffn
 from .errors import ModelError
-from .families import Ffn
+from .families import Ffn, projections, weight_shapes
 from .rows import RowFileWriter, RowLayout, file_bytes, sha256_of
 
 BLOCK_BYTES = 16 << 20
@@ -160,11 +160,11 @@ class _Job:
 
     def _blocks(self, names: dict[str, str], report: Progress) -> Iterator[np.ndarray]:
         """A layer's rows as uint8 blocks [n, stride]."""
-        weights = {part: _raw(self.checkpoint.take(name)) for part, name in names.items()}
+        taken = {name: _raw(self.checkpoint.take(name)) for name in dict.fromkeys(names.values())}
+        weights = {part: taken[name] for part, name in names.items()}
         rows = weights["down"].shape[1]
-        if "fused" in weights:
-            fused = weights.pop("fused")
-            weights["gate"], weights["up"] = fused[:rows], fused[rows:]
+        if self.ffn.fused:
+            weights["gate"], weights["up"] = weights["gate"][:rows], weights["up"][rows:]
         step = max(1, BLOCK_BYTES // self.layout.stride)
         for start in range(0, rows, step):
             stop = min(rows, start + step)
@@ -192,22 +192,19 @@ def _digest(what: Any) -> str:
 
 
 def _ffn_names(checkpoint: Checkpoint, ffn: Ffn) -> list[dict[str, str]]:
-    """For each layer, part (or "fused") to weight name; checks that the shapes agree."""
+    """For each layer, part to name of the weight that holds it; checks that the shapes agree."""
     model_class, args_class = get_classes(checkpoint.config)
     model = model_class(args_class.from_dict(checkpoint.config))
     layers = []
     for path, _ in families.modules(model, ffn):
-        places = {"down": ffn.down}
-        places |= {"fused": ffn.fused} if ffn.fused else {"up": ffn.up}
-        places |= {"gate": ffn.gate} if ffn.gate and not ffn.fused else {}
-        names = {part: f"{path}.{place}.weight" for part, place in places.items()}
+        names = {part: f"{path}.{name}.weight" for part, name in projections(ffn).items()}
         d_model, rows = checkpoint.shapes[names["down"]]
-        for part, name in names.items():
-            expected = {"down": (d_model, rows), "fused": (2 * rows, d_model)}
-            if checkpoint.shapes[name] != expected.get(part, (rows, d_model)):
+        for name, expected in weight_shapes(ffn, rows, d_model).items():
+            found = checkpoint.shapes[f"{path}.{name}.weight"]
+            if found != expected:
                 raise ModelError(
-                    f"{name} has shape {checkpoint.shapes[name]}, expected "
-                    f"{expected.get(part, (rows, d_model))} beside {names['down']}"
+                    f"{path}.{name}.weight has shape {found}, expected {expected} "
+                    f"beside {names['down']}"
                 )
         layers.append(names)
     return layers
@@ -215,7 +212,7 @@ def _ffn_names(checkpoint: Checkpoint, ffn: Ffn) -> list[dict[str, str]]:
 
 def _raw(array: mx.array) -> np.ndarray:
     """The bits of a float array as unsigned integers (numpy has no bfloat16); no copy."""
-    bits = array.view({2: mx.uint16, 4: mx.uint32}[array.dtype.size])
+    bits = array.view(UNITS[array.dtype.size])
     mx.eval(bits)
     return np.array(bits, copy=False)
 

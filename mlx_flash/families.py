@@ -238,6 +238,14 @@ def projections(ffn: Ffn) -> dict[str, str]:
     return {part: getattr(ffn, part) for part in ffn.parts}
 
 
+def weight_shapes(ffn: Ffn, rows: int, d_model: int) -> dict[str, tuple[int, int]]:
+    """Name of each projection -> shape of its weight, for an FFN of so many rows."""
+    tall = (2 * rows if ffn.fused else rows, d_model)
+    return {
+        name: (d_model, rows) if part == "down" else tall for part, name in projections(ffn).items()
+    }
+
+
 def modules(model: nn.Module, ffn: Ffn) -> list[tuple[str, Any]]:
     """(dotted path in the model's parameter tree, FFN module) of every decoder layer, in order.
 

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .cache import DTYPES, UNITS, SlotMemory
-from .families import Ffn
+from .families import Ffn, projections, weight_shapes
 from .reader import RowReader
 from .rows import RowFile
 from .stream import LayerStream
@@ -70,21 +70,16 @@ class RowLinear(nn.Module):
 
 def use_rows(mlp: nn.Module, ffn: Ffn) -> None:
     """Replace the projections of an FFN module by ``RowLinear``; their weights are dropped."""
-    for name in (ffn.fused, None if ffn.fused else ffn.gate, None if ffn.fused else ffn.up):
-        if name:
-            mlp[name] = RowLinear(mlp[name], transposed=False)
-    mlp[ffn.down] = RowLinear(mlp[ffn.down], transposed=True)
+    for part, name in projections(ffn).items():
+        if not isinstance(mlp[name], RowLinear):  # a fused one is gate and up
+            mlp[name] = RowLinear(mlp[name], transposed=part == "down")
 
 
 def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory) -> None:
     """Let a module made by ``use_rows`` compute from all rows in ``memory``."""
-    if ffn.fused:
-        mlp[ffn.fused].bind(memory.joined("gate", "up"))
-    else:
-        if ffn.gate:
-            mlp[ffn.gate].bind(memory.arrays["gate"])
-        mlp[ffn.up].bind(memory.arrays["up"])
-    mlp[ffn.down].bind(memory.arrays["down"])
+    for part, name in projections(ffn).items():
+        fused = name == ffn.fused
+        mlp[name].bind(memory.joined("gate", "up") if fused else memory.arrays[part])
 
 
 def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array]:
@@ -95,45 +90,31 @@ def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array
         down [d_model, rows].
     """
     rows, parts = reader.file.layers[layer].rows, reader.layout.parts
-    d_model, dtype = parts[0].width, DTYPES[parts[0].dtype]
+    dtype = DTYPES[parts[0].dtype]
     chunk = SlotMemory(reader.layout, min(rows, max(1, CHUNK_BYTES // reader.layout.stride)))
-    raw = {2: np.uint16, 4: np.uint32}[dtype.size]
-    arrays = {name: mx.zeros((rows, d_model), UNITS[dtype.size]) for name in ffn.parts[:-1]}
+    shapes = weight_shapes(ffn, rows, parts[0].width)
+    weights = {name: mx.zeros(shape, UNITS[dtype.size]) for name, shape in shapes.items()}
+    mx.eval(weights)
+    views = {part: np.array(weights[name], copy=False) for part, name in projections(ffn).items()}
+    views["down"] = views["down"].T
     if ffn.fused:
-        both = mx.zeros((2 * rows, d_model), UNITS[dtype.size])
-        mx.eval(both)
-        arrays = {"gate": both[:rows], "up": both[rows:]}
-    arrays["down"] = mx.zeros((d_model, rows), UNITS[dtype.size])
-    mx.eval(arrays)
-    views = {name: np.array(array, copy=False) for name, array in arrays.items()}
+        views["gate"], views["up"] = views["gate"][:rows], views["up"][rows:]
     for start in range(0, rows, chunk.capacity):
         count = min(chunk.capacity, rows - start)
         reader.read(layer, np.arange(start, start + count), np.arange(count), chunk.views)
         for part, view in zip(parts, chunk.views, strict=True):
-            got = view[:count, : part.nbytes].view(raw)
-            if part.name == "down":
-                views["down"][:, start : start + count] = got.T
-            else:
-                views[part.name][start : start + count] = got
-    if ffn.fused:
-        named = {ffn.fused: both, ffn.down: arrays["down"]}
-    else:
-        place = {"gate": ffn.gate, "up": ffn.up, "down": ffn.down}
-        named = {place[name]: array for name, array in arrays.items()}
-    named = {name: array.view(dtype) for name, array in named.items()}
-    mx.eval(named)
-    return named
+            target = views[part.name]
+            target[start : start + count] = view[:count, : part.nbytes].view(target.dtype)
+    weights = {name: weight.view(dtype) for name, weight in weights.items()}
+    mx.eval(weights)
+    return weights
 
 
 def placeholders(file: RowFile, layer: int, ffn: Ffn) -> dict[str, mx.array]:
     """Arrays of the names and shapes of ``dense_weights``, never to be evaluated."""
-    rows, d_model = file.layers[layer].rows, file.layout.parts[0].width
-    dtype = DTYPES[file.layout.parts[0].dtype]
-    shapes = {ffn.fused: (2 * rows, d_model)} if ffn.fused else {ffn.up: (rows, d_model)}
-    if ffn.gate:
-        shapes[ffn.gate] = (rows, d_model)
-    shapes[ffn.down] = (d_model, rows)
-    return {name: mx.zeros(shape, dtype) for name, shape in shapes.items()}
+    part = file.layout.parts[0]
+    shapes = weight_shapes(ffn, file.layers[layer].rows, part.width)
+    return {name: mx.zeros(shape, DTYPES[part.dtype]) for name, shape in shapes.items()}
 
 
 class FlashMLP(nn.Module):

@@ -20,6 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 from mlx_lm import utils
 
 from . import families, footprint
@@ -29,32 +30,23 @@ from .directory import ModelDirectory
 from .errors import BudgetError, ModelError
 from .ffn import FlashMLP, dense_weights, placeholders, use_rows
 from .needs import MLX_CACHE, foreign_errors, needs_of, tokens_in
-from .reader import RowReader
+from .reader import ReadStats, RowReader
 from .stream import LayerStream
 
 
 @dataclasses.dataclass
-class FlashStats:
-    """Counters since loading; subtract two of them for a span.
+class FlashStats(ReadStats):
+    """The reader's counters and the model's since loading; subtract two of them for a span.
 
     ``hits`` and ``misses`` count rows found in memory and rows that had to be read;
     ``wait_seconds`` is the time that computing stood still for reading; ``forwards`` counts calls
     of the model, prompt chunks included.
     """
 
-    bytes_read: int = 0
-    requests: int = 0
-    read_seconds: float = 0.0
     wait_seconds: float = 0.0
     hits: int = 0
     misses: int = 0
     forwards: int = 0
-    direct: bool = False
-
-    def __sub__(self, earlier: FlashStats) -> FlashStats:
-        old = dataclasses.asdict(earlier)
-        new = {k: v - old[k] for k, v in dataclasses.asdict(self).items() if k != "direct"}
-        return FlashStats(**new, direct=self.direct)
 
 
 class Flash:
@@ -72,17 +64,13 @@ class Flash:
 
     def stats(self) -> FlashStats:
         """The counters as they stand."""
-        read = self.reader.stats()
         kept = sum(self.directory.rows.layers[i].rows for i in self.plan.kept)
         return FlashStats(
-            bytes_read=read.bytes_read,
-            requests=read.requests,
-            read_seconds=read.read_seconds,
+            **dataclasses.asdict(self.reader.stats()),
             wait_seconds=self.stream.wait_seconds if self.stream else 0.0,
             hits=kept * self._forwards,
             misses=self.stream.rows_acquired if self.stream else 0,
             forwards=self._forwards,
-            direct=read.direct,
         )
 
     def close(self) -> None:
@@ -131,13 +119,12 @@ class Flash:
         if not self.plan.streamed:
             return
         self.stream = LayerStream(self.reader, self.plan.streamed, BUFFERS)
-        for i in self.plan.streamed:
-            path, mlp = self._found[i]
-            parent = model
-            *above, name = path.split(".")
-            for step in above:
-                parent = parent[int(step)] if step.isdigit() else getattr(parent, step)
-            setattr(parent, name, FlashMLP(mlp, self.directory.ffn, i, self.stream))
+        paged = [
+            (path, FlashMLP(mlp, self.directory.ffn, i, self.stream))
+            for i, (path, mlp) in enumerate(self._found)
+            if i in self.plan.streamed
+        ]
+        model.update_modules(tree_unflatten(paged))
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
         """Run the model, a prompt in chunks that the plan has memory for.
@@ -268,7 +255,7 @@ def _choose(
         if not 0 <= share <= 1:
             raise BudgetError(f"kept_share is a share from 0 to 1, got {share}")
         streamed = count - round(share * count)
-        kept, chosen = split(count, streamed) if streamed else (tuple(range(count)), ())
+        kept, chosen = split(count, streamed)
         if limited and not use_flash and needs.dense > budget:
             raise BudgetError(
                 f"the dense model needs {show(needs.dense)}, the RAM budget is {show(budget)}; "

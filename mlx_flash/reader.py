@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 
@@ -92,9 +93,9 @@ class ReadStats:
     read_seconds: float = 0.0
     direct: bool = False
 
-    def __sub__(self, earlier: ReadStats) -> ReadStats:
+    def __sub__(self, earlier: Self) -> Self:
         diff = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
-        return ReadStats(**{**diff, "direct": self.direct})
+        return type(self)(**{**diff, "direct": self.direct})
 
 
 def open_direct(
