@@ -1,6 +1,7 @@
 """Which classes make a config's model: the decoders of ``models``, or mlx-lm's own.
 
-Knows: the families that mlx-lm lacks. Does not know: what is done with the classes.
+Knows: the families that mlx-lm lacks or computes wrongly. Does not know: what is done with the
+classes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,21 @@ from typing import Any
 
 from mlx_lm import utils
 
-OWN = ("falcon", "opt", "persimmon")  # modules of ``models``
+from . import families
+from .models.refit import refit
+
+# model_type -> module of ``models``.
+OWN = {
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
+    "bamboo": "bamboo",
+    "falcon": "falcon",
+    "minicpm": "minicpm",
+    "opt": "opt",
+    "persimmon": "persimmon",
+}
+RUNS_AS = {"sparsellama": "llama"}  # model_type -> that of mlx-lm
+REFITTED = {"mistral": "bamboo"}  # the same as OWN, where the activation is not mlx-lm's
 
 
 def get_classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -18,9 +33,19 @@ def get_classes(config: dict[str, Any]) -> tuple[type, type]:
 
     Raises:
         ValueError: neither has the config's ``model_type``.
+        ModelError: the config names an activation that is not known.
     """
     model_type = config["model_type"]
-    if model_type in OWN:
-        module = importlib.import_module(f".models.{model_type}", __package__)
-        return module.Model, module.ModelArgs
-    return utils._get_classes(config)
+    module, known = OWN.get(model_type), families.FAMILIES.get(model_type)
+    ffn = families.find(config) if known and known.built_in else None
+    if ffn is None or not ffn.refitted:
+        return _classes(config, module)
+    return refit(*_classes(config, module or REFITTED.get(model_type)), ffn)
+
+
+def _classes(config: dict[str, Any], module: str | None) -> tuple[type, type]:
+    if module:
+        found = importlib.import_module(f".models.{module}", __package__)
+        return found.Model, found.ModelArgs
+    model_type = config["model_type"]
+    return utils._get_classes(config | {"model_type": RUNS_AS.get(model_type, model_type)})

@@ -7,19 +7,23 @@ is an error that lists the table: a guessed place would page the wrong matrix.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import ModelError
-from .models.activations import NAMES
+from .models.activations import FUNCTIONS, NAMES, with_threshold
 
 SILU = ("silu", "swish")
 # Exact and tanh forms differ by less than 5e-4; mlx-lm picks one per family, whatever is asked for.
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 RELU2 = ("relu2",)
+ZEROS = ("relu", "relu2", "fatrelu")  # 0 for every argument up to 0
 
 # Config value -> function, in the families whose module in mlx-lm does what the config says.
 FOLLOWED = {
@@ -28,6 +32,9 @@ FOLLOWED = {
     "gelu": "gelu",
     "relu": "relu",
 }
+# The same, in the families whose FFN ``models.refit`` replaces where mlx-lm's does another thing.
+REFITTED = NAMES | {"fatrelu": "fatrelu"}
+THRESHOLD = "hidden_act_param"  # key of the threshold of fatrelu
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,17 @@ class Ffn:
         up, down: names of the projections inside that module.
         gate: name of the gate projection; None for an ungated FFN.
         fused: name of one projection that holds gate rows, then up rows; replaces gate and up.
-        activation: what the module computes: silu, gelu, gelu_approx, relu, relu2, or xielu (which
-            has parameters of its own, in the module's ``act_fn``).
+        activation: what the module computes: a name in ``models.activations.FUNCTIONS``, or xielu
+            (which has parameters of its own, in the module's ``act_fn``).
+        threshold: where fatrelu begins to let its argument through; 0 or more.
+        up_activation: what is applied to up's output before the product; None for nothing, relu
+            for dReLU.
         config_activations: values of the config's activation key under which that is right.
         activation_keys: keys of the config that may name the activation; absent or null is fine.
         follows_config: the module computes the activation that the config names.
         followed: config value -> function, if so.
+        built_in: what mlx-lm's module computes, whatever the config says, in a family where
+            ``models.refit`` puts in another one if need be; None where that is not done.
         norm: name of a norm inside the module, applied to x first.
         experts: key of the config that tells a mixture, and its largest value in a dense model.
     """
@@ -64,6 +76,9 @@ class Ffn:
     )
     follows_config: bool = False
     followed: dict[str, str] = field(default_factory=lambda: FOLLOWED, compare=False)
+    threshold: float = 0.0
+    up_activation: str | None = None
+    built_in: str | None = None
     norm: str | None = None
     experts: tuple[str, int] | None = None
 
@@ -71,6 +86,11 @@ class Ffn:
     def parts(self) -> tuple[str, ...]:
         """Names of a row's parts, in the order in which they stand in a row."""
         return ("gate", "up", "down") if self.gate or self.fused else ("up", "down")
+
+    @property
+    def refitted(self) -> bool:
+        """Whether the module is that of ``models.refit``, in the place of mlx-lm's."""
+        return self.built_in is not None and self.built_in != self.activation
 
 
 def _fused(name: str = "gate_up_proj", **other: Any) -> Ffn:
@@ -83,6 +103,11 @@ def _geglu(activation: str = "gelu_approx", **other: Any) -> Ffn:
 
 def _ungated(up: str, down: str, activation: str, config_activations: tuple[str, ...]) -> Ffn:
     return Ffn("mlp", up, down, None, None, activation, config_activations)
+
+
+def _refit(**other: Any) -> Ffn:
+    """An FFN that does what the config says, if not by mlx-lm then by ``models.refit``."""
+    return Ffn(**{"follows_config": True, "followed": REFITTED, "built_in": "silu"} | other)
 
 
 def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
@@ -100,9 +125,14 @@ def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
 
 
 FAMILIES: dict[str, Ffn] = {
-    # SwiGLU under llama's names. Mistral, IQuest-Coder and XVERSE run as llama in mlx-lm.
-    "llama": Ffn(),
-    "mistral": Ffn(),
+    # SwiGLU under llama's names, or what the config says.
+    "llama": _refit(),
+    "minicpm": _refit(),
+    "mistral": _refit(),
+    "sparsellama": _refit(),
+    # The same, relu on gate and up.
+    "bamboo": _refit(activation="relu", up_activation="relu", followed={"relu": "relu"}),
+    # SwiGLU under llama's names. IQuest-Coder and XVERSE run as llama in mlx-lm, as Mistral does.
     "iquestcoder": Ffn(),
     "xverse": Ffn(),
     "baichuan_m1": Ffn(),
@@ -115,7 +145,6 @@ FAMILIES: dict[str, Ffn] = {
     "hunyuan_v1_dense": Ffn(),
     "internlm3": Ffn(),
     "mimo": Ffn(),
-    "minicpm": Ffn(),
     "minicpm3": Ffn(),
     "ministral3": Ffn(),
     "muse_glimmer": Ffn(),
@@ -172,10 +201,15 @@ FAMILIES: dict[str, Ffn] = {
     "gptj": _ungated("fc_in", "fc_out", "gelu_approx", GELU),
     "nanochat": _ungated("c_fc", "c_proj", "relu2", RELU2),
     "nemotron": _ungated("up_proj", "down_proj", "relu2", RELU2),
-    "phi": _ungated("fc1", "fc2", "gelu_approx", GELU),
+    "phi": _refit(
+        up="fc1", down="fc2", gate=None, activation="gelu_approx", built_in="gelu_approx"
+    ),
     "starcoder2": _ungated("c_fc", "c_proj", "gelu", GELU),
     # No gate; decoders of this package.
-    "falcon": _own("dense_h_to_4h", "dense_4h_to_h", "gelu", "activation", "hidden_act"),
+    **dict.fromkeys(
+        ("falcon", "RefinedWeb", "RefinedWebModel"),
+        _own("dense_h_to_4h", "dense_4h_to_h", "gelu", "activation", "hidden_act"),
+    ),
     "opt": _own("fc1", "fc2", "relu", "activation_function"),
     "persimmon": _own("dense_h_to_4h", "dense_4h_to_h", "relu2", "hidden_act"),
 }
@@ -206,19 +240,33 @@ def find(config: dict[str, Any]) -> Ffn:
     named = {k: config[k] for k in ffn.activation_keys if config.get(k) is not None}
     for key, value in named.items():
         ffn = _with_activation(ffn, model_type, key, value)
-    if ffn.followed is NAMES and len({NAMES[value] for value in named.values()}) > 1:
+    own = ffn.built_in or ffn.followed is NAMES
+    if own and len({ffn.followed[value] for value in named.values()}) > 1:
         said = " and ".join(f"{key} {value!r}" for key, value in named.items())
         raise ModelError(
             f"this {model_type} model names two activations, {said}; "
             "take the one that it was not trained with out of its config.json"
         )
+    if ffn.activation == "fatrelu":
+        return replace(ffn, threshold=_threshold(config, model_type))
     return ffn
+
+
+def _threshold(config: dict[str, Any], model_type: str) -> float:
+    """The threshold of fatrelu; ModelError if it is missing, no number or negative."""
+    value = config.get(THRESHOLD)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ModelError(
+            f"{THRESHOLD} of this {model_type} model, the threshold of its fatrelu, is {value!r}; "
+            "expected a number, 0 or more"
+        )
+    return float(value)
 
 
 def _with_activation(ffn: Ffn, model_type: str, key: str, value: Any) -> Ffn:
     """``ffn`` under the activation that a config names; raises ModelError if it is ignored."""
     if ffn.follows_config:
-        if value in ffn.followed:
+        if isinstance(value, str) and value in ffn.followed:
             return replace(ffn, activation=ffn.followed[value])
         known = ", ".join(ffn.followed)
         raise ModelError(f"{key} of this {model_type} model is {value!r}; expected one of {known}")
@@ -229,6 +277,25 @@ def _with_activation(ffn: Ffn, model_type: str, key: str, value: Any) -> Ffn:
         f"this family whatever the config says, so its output would be wrong; expected "
         f"{' or '.join(ffn.config_activations)}"
     )
+
+
+def gate_function(ffn: Ffn) -> Callable[[mx.array], mx.array]:
+    """What is applied to the gate's output, or to up's of an ungated FFN.
+
+    Raises:
+        ModelError: it is no function of that output alone, or its threshold is negative.
+    """
+    return with_threshold(ffn.activation, ffn.threshold)
+
+
+def up_function(ffn: Ffn) -> Callable[[mx.array], mx.array]:
+    """What is applied to up's output before a gated FFN's product: mostly nothing."""
+    return FUNCTIONS[ffn.up_activation] if ffn.up_activation else lambda x: x
+
+
+def has_zeros(ffn: Ffn) -> bool:
+    """Whether a neuron's gate (up if ungated) at or below 0 makes its activation exactly 0."""
+    return ffn.activation in ZEROS
 
 
 def projections(ffn: Ffn) -> dict[str, str]:

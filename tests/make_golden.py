@@ -8,6 +8,10 @@ Needs its own environment; the tests need only what this writes.
 One safetensors file per case in tests/golden: the weights under Hugging Face's names, float32;
 "tokens.i" and "logits.i" for each sequence; config.json as text in the metadata. Everything is
 random, biases and norms included, so that nothing is right because it is zero or one.
+
+What transformers does not have is made of what it has: RefinedWeb is falcon under older names;
+sparsellama, bamboo and minicpm are llama or mistral with another FFN or with scaled tensors, as
+their papers (arXiv 2402.13516, 2406.05955, 2404.06395) describe them.
 """
 
 from __future__ import annotations
@@ -64,6 +68,48 @@ PERSIMMON = {
     "qk_layernorm": True,
     "tie_word_embeddings": False,
 }
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "relu",
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 12}
+FATRELU = {"hidden_act": "fatrelu", "hidden_act_param": 0.3}
+MINICPM = LLAMA | {"model_type": "minicpm", "scale_emb": 3, "scale_depth": 1.4}
+MINICPM |= {"dim_model_base": 12}
+PHI = {
+    "model_type": "phi",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "relu",
+    "partial_rotary_factor": 0.5,
+}
+NEMOTRON = LLAMA | {"model_type": "nemotron", "hidden_act": "relu2", "rms_norm_eps": None}
+NEMOTRON |= {"norm_eps": 1e-5, "partial_rotary_factor": 0.5}
+REFINED_WEB = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "alibi": False,
+    "bias": False,
+    "parallel_attn": True,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 # Configs as they stand on the hub (rope settings at the top level) and as transformers 5 writes
 # them (in rope_parameters).
@@ -110,14 +156,99 @@ CASES = {
         "rope_scaling": {"type": "linear", "factor": 4.0},
         "tie_word_embeddings": True,
     },
+    # Written later; a case's place here is its seed.
+    "llama-relu": LLAMA | {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+    "llama-relu2": LLAMA
+    | {
+        "hidden_act": "relu2",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_theta": 700.0} | YARN,
+    },
+    "mistral-relu": MISTRAL | {"rope_theta": 500.0},
+    "phi-relu": PHI | {"rope_theta": 500.0},
+    "phi-v5": PHI
+    | {
+        "hidden_act": "relu2",
+        "partial_rotary_factor": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 700.0,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+    "nemotron": NEMOTRON | {"rope_theta": 500.0},
+    "sparsellama": LLAMA | FATRELU | {"model_type": "sparsellama"},
+    "bamboo": MISTRAL | {"model_type": "bamboo"},
+    "minicpm": MINICPM | {"hidden_act": "silu"},
+    "minicpm-fatrelu": MINICPM | FATRELU | {"tie_word_embeddings": None},
+    "refinedweb-7b": REFINED_WEB | {"model_type": "RefinedWebModel", "multi_query": True},
+    "refinedweb-40b": REFINED_WEB | {"model_type": "RefinedWeb", "n_head_kv": 2},
+    "falcon-llama3": FALCON
+    | {
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0} | LLAMA3,
+    },
+    "persimmon-yarn": PERSIMMON | {"rope_theta": 500.0, "rope_scaling": YARN},
 }
 BARE = {"opt-bare": "model.", "falcon-bare": "transformer."}  # prefixes to drop
 
 
+LIKE = {"bamboo": "mistral", "minicpm": "llama", "sparsellama": "llama"}
+LIKE |= {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
+OLD_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+OLD_NAMES |= {"n_head_kv": "num_kv_heads"}
+
+
+def known_to_transformers(config: dict) -> dict:
+    """The config of the nearest model that transformers has."""
+    known = {OLD_NAMES.get(k, k): v for k, v in json.loads(json.dumps(config)).items()}
+    known["model_type"] = LIKE.get(config["model_type"], config["model_type"])
+    if config["model_type"] == "RefinedWeb":
+        known["new_decoder_architecture"] = True
+    if config.get("hidden_act") == "fatrelu":
+        known["hidden_act"] = "relu"
+    if config["model_type"] == "minicpm":
+        known.setdefault("tie_word_embeddings", True)
+    return known
+
+
+def change(model: torch.nn.Module, config: dict) -> None:
+    """Make of a model of ``known_to_transformers`` one of the config."""
+    if config.get("hidden_act") == "fatrelu":
+        for layer in model.model.layers:
+            layer.mlp.act_fn = torch.nn.Threshold(config["hidden_act_param"], 0.0)
+    if config["model_type"] == "bamboo":
+        for layer in model.model.layers:
+            layer.mlp.up_proj.register_forward_hook(lambda m, x, up: torch.relu(up))
+    if config["model_type"] == "minicpm":
+        branch = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
+        logits = config["dim_model_base"] / config["hidden_size"]
+        model.model.embed_tokens.register_forward_hook(lambda m, x, h: h * config["scale_emb"])
+        model.model.norm.register_forward_hook(lambda m, x, h: h * logits)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda m, x, h: h * branch)
+            layer.self_attn.o_proj.register_forward_hook(lambda m, x, h: h * branch)
+
+
+def predictors(config: dict) -> dict[str, torch.Tensor]:
+    """What TurboSparse has in its checkpoint beside the model."""
+    if config["model_type"] != "bamboo":
+        return {}
+    width, rows = config["hidden_size"], config["intermediate_size"]
+    return {
+        f"model.layers.{i}.mlp.predictor.{name}.weight": torch.randn(shape)
+        for i in range(config["num_hidden_layers"])
+        for name, shape in (("fc1", (4, width)), ("fc2", (rows, 4)))
+    }
+
+
 def model_of(config: dict) -> torch.nn.Module:
     """A causal model of a config with every parameter random."""
-    known = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
+    known = transformers.AutoConfig.for_model(**known_to_transformers(config))
     model = transformers.AutoModelForCausalLM.from_config(known, dtype=torch.float32).eval()
+    change(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
@@ -151,6 +282,7 @@ def make(name: str, config: dict, seed: int) -> Path:
         cases[f"tokens.{i}"] = tokens.to(torch.int32)
         assert cases[f"logits.{i}"].std() > 0.5
     path = GOLDEN / f"{name}.safetensors"
+    weights |= predictors(config)
     save_file(weights | cases, path, metadata={"config": json.dumps(config)})
     assert path.stat().st_size < MAX_BYTES, f"{path} has {path.stat().st_size} bytes"
     return path

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny
+from mlx.utils import tree_flatten
 from mlx_lm.generate import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
@@ -25,7 +27,9 @@ ACTIVATIONS = {
     ),
     "relu": lambda x: mx.maximum(x, 0),
     "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+    "fatrelu": lambda x: mx.where(x > FATRELU, x, 0),
 }
+FATRELU = 0.1  # the threshold in tiny.py
 
 
 def xielu(x, act):
@@ -55,6 +59,7 @@ def reference(module, ffn: Ffn, x, act):
         x = norm(module[ffn.norm], x)
     down = module[names["down"]]
     rows = down.weight.shape[1]
+    up_act = ACTIVATIONS[ffn.up_activation] if ffn.up_activation else lambda x: x
     if ffn.fused:
         gate = affine(module[ffn.fused], x, slice(0, rows))
         up = affine(module[ffn.fused], x, slice(rows, 2 * rows))
@@ -62,7 +67,7 @@ def reference(module, ffn: Ffn, x, act):
     up = affine(module[names["up"]], x)
     if "gate" not in names:
         return affine(down, act(up))
-    return affine(down, act(affine(module[names["gate"]], x)) * up)
+    return affine(down, act(affine(module[names["gate"]], x)) * up_act(up))
 
 
 class Evaluated(nn.Module):
@@ -105,6 +110,9 @@ def check_module(module, ffn: Ffn):
     assert largest(y - reference(module, ffn, x, known.pop(ffn.activation))) < 1e-5
     for act in known.values():
         assert largest(y - reference(module, ffn, x, act)) > 1e-5
+    if ffn.up_activation:
+        other = replace(ffn, up_activation=None)
+        assert largest(y - reference(module, other, x, ACTIVATIONS[ffn.activation])) > 1e-5
 
 
 def check_eval_inside(model, found, ffn: Ffn):
@@ -152,6 +160,7 @@ def test_family(model_type, tmp_path):
         ("internlm3", {"bias": True}),
         ("qwen", {"no_bias": False}),
         ("nemotron", {"mlp_bias": True}),
+        ("sparsellama", {"mlp_bias": True}),
     ],
 )
 def test_family_with_biases(model_type, override, tmp_path):
@@ -171,6 +180,15 @@ def test_family_with_biases(model_type, override, tmp_path):
         ("persimmon", "hidden_act", "relu", "relu"),
         ("gear", "hidden_activation", "silu", "silu"),
         ("gear", "hidden_activation", "gelu", "gelu"),
+        ("llama", "hidden_act", "relu", "relu"),
+        ("llama", "hidden_act", "relu2", "relu2"),
+        ("llama", "hidden_act", "gelu", "gelu"),
+        ("mistral", "hidden_act", "relu", "relu"),
+        ("minicpm", "hidden_act", "relu", "relu"),
+        ("phi", "hidden_act", "relu", "relu"),
+        ("phi", "hidden_act", "gelu", "gelu"),
+        ("sparsellama", "hidden_act", "silu", "silu"),
+        ("RefinedWeb", "activation", "relu", "relu"),
     ],
 )
 def test_family_that_follows_its_config(model_type, key, value, activation, tmp_path):
@@ -178,6 +196,23 @@ def test_family_that_follows_its_config(model_type, key, value, activation, tmp_
     assert ffn.activation == activation
     for _, module in families.modules(model, ffn):
         check_module(module, ffn)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "minicpm", "phi", "sparsellama"])
+def test_refitted_family(model_type, tmp_path):
+    """Only the activation changes: the same weights under the same names, the rest mlx-lm's."""
+    act = {"hidden_act": "fatrelu", "hidden_act_param": FATRELU}
+    model, ffn = load(tmp_path / "fat", model_type, layers=2, **act)
+    assert (ffn.activation, ffn.threshold, ffn.refitted) == ("fatrelu", FATRELU, True)
+    for _, module in families.modules(model, ffn):
+        check_module(module, ffn)
+    usual = "gelu_new" if model_type == "phi" else "silu"
+    other, ffn = load(tmp_path / "usual", model_type, layers=2, hidden_act=usual)
+    assert not ffn.refitted
+    # Of mlx-lm or, of minicpm, without another FFN.
+    assert all(".models.refit" not in type(m).__module__ for m in other.modules())
+    names = [[name for name, _ in tree_flatten(m.parameters())] for m in (model, other)]
+    assert sorted(names[0]) == sorted(names[1])
 
 
 def test_per_layer_widths_may_differ(tmp_path):
@@ -213,7 +248,16 @@ def test_unknown_family_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("model_type", "key", "value", "expected"),
     [
-        ("llama", "hidden_act", "relu", "hidden_act .* 'relu', but mlx-lm computes silu"),
+        ("qwen2", "hidden_act", "relu", "hidden_act .* 'relu', but mlx-lm computes silu"),
+        ("llama", "hidden_act", "mish", "'mish'; expected one of relu, .*, silu, swish, fatrelu"),
+        ("llama", "hidden_act", ["relu"], r"\['relu'\]; expected one of relu"),
+        ("llama", "activation_function", "relu", "two activations, hidden_act 'silu' and act"),
+        ("llama", "hidden_act", "fatrelu", "hidden_act_param .* is None; expected a number"),
+        ("sparsellama", "hidden_act_param", -0.1, "is -0.1; expected a number, 0 or more"),
+        ("sparsellama", "hidden_act_param", "0.1", "is '0.1'; expected a number"),
+        ("sparsellama", "hidden_act_param", math.nan, "is nan; expected a number"),
+        ("bamboo", "hidden_act", "silu", "'silu'; expected one of relu$"),
+        ("phi", "hidden_act", "mish", "'mish'; expected one of relu"),
         ("gemma", "hidden_activation", "silu", "computes gelu "),
         ("gpt2", "activation_function", "relu", "computes gelu_approx"),
         ("nemotron", "hidden_act", "silu", "expected relu2"),
@@ -238,6 +282,38 @@ def test_ignored_activation_is_an_error(model_type, key, value, expected):
 def test_activation_may_be_absent_or_null():
     assert families.find({"model_type": "llama"}) is FAMILIES["llama"]
     assert families.find({"model_type": "llama", "hidden_act": None}) is FAMILIES["llama"]
+
+
+@pytest.mark.parametrize(
+    ("ffn", "zeros"),
+    [
+        (Ffn(activation="relu"), True),
+        (Ffn(activation="relu2"), True),
+        (Ffn(activation="fatrelu", threshold=FATRELU), True),
+        (Ffn(activation="relu", up_activation="relu"), True),
+        (Ffn(), False),
+        (Ffn(activation="gelu"), False),
+        (Ffn(activation="gelu_approx"), False),
+    ],
+)
+def test_functions(ffn, zeros):
+    x = mx.concatenate([mx.linspace(-3, 3, 61), mx.array([0.0, -0.0])])
+    found = families.gate_function(ffn)(x)
+    assert mx.allclose(found, ACTIVATIONS[ffn.activation](x), atol=1e-6).item()
+    assert families.gate_function(ffn)(x.astype(mx.bfloat16)).dtype == mx.bfloat16
+    assert families.has_zeros(ffn) is zeros
+    below = mx.where(x <= ffn.threshold, found, 0)
+    assert mx.any(below != 0).item() is not zeros
+    expected = ACTIVATIONS["relu"](x) if ffn.up_activation else x
+    assert mx.array_equal(families.up_function(ffn)(x), expected).item()
+
+
+def test_no_function():
+    assert not families.has_zeros(FAMILIES["apertus"])
+    with pytest.raises(ModelError, match="xielu is no function of one argument"):
+        families.gate_function(FAMILIES["apertus"])
+    with pytest.raises(ModelError, match=r"threshold of fatrelu is -0\.5; expected 0 or more"):
+        families.gate_function(Ffn(activation="fatrelu", threshold=-0.5))
 
 
 @pytest.mark.parametrize("model_type", [m for m, ffn in FAMILIES.items() if ffn.experts])

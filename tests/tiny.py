@@ -72,7 +72,19 @@ _MINICPM = {"dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 2}
 _LONGROPE = {"type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}
 _MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
 
+_REFINED_WEB = {
+    "alibi": False,
+    "bias": False,
+    "hidden_size": 64,
+    "n_head": 4,
+    "n_layer": 4,
+    "parallel_attn": True,
+    "vocab_size": VOCAB,
+}
+
 TINY: dict[str, dict[str, Any]] = {
+    "RefinedWeb": _REFINED_WEB | {"n_head_kv": 2},
+    "RefinedWebModel": _REFINED_WEB | {"multi_query": True},
     "afm7": {
         "hidden_dim": 64,
         "hidden_dim_scale_factor": 2.5,
@@ -86,6 +98,7 @@ TINY: dict[str, dict[str, Any]] = {
         hidden_act="xielu", mlp_bias=False, attention_bias=False, post_norm=False, qk_norm=True
     ),
     "baichuan_m1": _llama(sliding_window_layers=[1, 3], conv_window=2, **_WINDOW),
+    "bamboo": _llama(hidden_act="relu", **_WINDOW),
     "cohere": _llama(layer_norm_eps=1e-5, logit_scale=0.25, tie_word_embeddings=True),
     "cohere2": _llama(
         layer_norm_eps=1e-5,
@@ -321,6 +334,7 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "seed_oss": _llama(attention_bias=True, mlp_bias=False),
     "smollm3": _llama(no_rope_layers=[1, 1, 1, 0]),
+    "sparsellama": _llama(hidden_act="fatrelu", hidden_act_param=0.1),
     "spark2_5": _llama(
         hidden_act="gelu",
         layer_types=["sliding_attention", "full_attention"],

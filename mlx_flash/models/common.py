@@ -6,16 +6,26 @@ family. Sources: ``modeling_rope_utils`` and ``PreTrainedModel.tie_weights`` of 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.rope_utils import initialize_rope
 
 from ..errors import ModelError
 
-ROPE_TYPES = ("default", "linear")
 ROPE_THETA = 10000.0
+ROTARY_SHARE = 0.5  # of a head, where a family has partial rotation and the config no share
+# Kind -> settings that it needs. Those left out depend on the length of the sequence, and MLX and
+# transformers take another length: of what has come so far the one, of the whole the other.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 def rope_settings(
@@ -39,13 +49,77 @@ def rope_settings(
     return settings
 
 
-def make_rope(dims: int, settings: Mapping[str, Any]) -> nn.RoPE:
-    """Rotary embedding of the first ``dims`` of a head; ModelError for an unknown kind."""
+def rope_scaling(settings: Mapping[str, Any], max_positions: int | None) -> dict[str, Any] | None:
+    """What mlx-lm's ``initialize_rope`` takes for the settings, so that it does as transformers.
+
+    Args:
+        max_positions: the length that the model was made for, where the settings hold none.
+
+    Raises:
+        ModelError: the kind is unknown, lacks a setting, or has one that MLX would ignore.
+    """
     kind = settings["rope_type"]
     if kind not in ROPE_TYPES:
         raise ModelError(f"rope_type is {kind!r}; expected one of {', '.join(ROPE_TYPES)}")
-    scale = 1.0 / float(settings["factor"]) if kind == "linear" else 1.0
-    return nn.RoPE(dims, traditional=False, base=float(settings["rope_theta"]), scale=scale)
+    if missing := [key for key in ROPE_TYPES[kind] if settings.get(key) is None]:
+        raise ModelError(f"rope_type is {kind!r}, but the config has no {' and no '.join(missing)}")
+    if kind == "default":
+        return None
+    scaling = {"type": kind} | {key: float(settings[key]) for key in ROPE_TYPES[kind]}
+    if kind == "linear":
+        return scaling
+    original = settings.get("original_max_position_embeddings") or max_positions
+    if original is None:
+        raise ModelError(
+            f"rope_type is {kind!r}, but the config has no original_max_position_embeddings"
+        )
+    return scaling | {"original_max_position_embeddings": original} | _yarn(kind, settings)
+
+
+def _yarn(kind: str, settings: Mapping[str, Any]) -> dict[str, float]:
+    """The optional settings of yarn."""
+    if kind != "yarn":
+        return {}
+    if settings.get("attention_factor") is not None or settings.get("truncate") is False:
+        raise ModelError(
+            "rope_type is 'yarn' with attention_factor or without truncate, which MLX does not "
+            "compute; expected neither"
+        )
+    keys = ["beta_fast", "beta_slow"]
+    if settings.get("mscale") and settings.get("mscale_all_dim"):  # one alone does nothing
+        keys += ["mscale", "mscale_all_dim"]
+    return {key: float(settings[key]) for key in keys if settings.get(key)}
+
+
+def make_rope(dims: int, settings: Mapping[str, Any], max_positions: int | None) -> nn.Module:
+    """Rotary embedding of the first ``dims`` of a head; ModelError as from ``rope_scaling``."""
+    scaling = rope_scaling(settings, max_positions)
+    return initialize_rope(dims, float(settings["rope_theta"]), False, scaling, max_positions)
+
+
+class TransformersArgs:
+    """Mixed into an arguments class of mlx-lm: configs are read as transformers reads them.
+
+    mlx-lm has other defaults for some keys and, in older models, does not know rope_parameters.
+    """
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> Any:
+        params = {"tie_word_embeddings": False} | dict(params)
+        settings = rope_settings(
+            params.get("rope_parameters"),
+            params.get("rope_scaling"),
+            rope_theta=params.get("rope_theta"),
+            partial_rotary_factor=params.get("partial_rotary_factor") or ROTARY_SHARE,
+        )
+        scaling = rope_scaling(settings, params.get("max_position_embeddings"))
+        if scaling and "rope_scaling" not in inspect.signature(cls).parameters:
+            raise ModelError(
+                f"rope_type is {scaling['type']!r}, but mlx-lm's {params.get('model_type')} "
+                "ignores it; expected default"
+            )
+        lifted = {key: settings[key] for key in ("rope_theta", "partial_rotary_factor")}
+        return super().from_dict(params | lifted | {"rope_scaling": scaling})
 
 
 def offset_of(cache: Any) -> int | mx.array:

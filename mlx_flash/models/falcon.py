@@ -6,13 +6,15 @@ its queries, its key, its value, so all three are one layout with 1, some or all
 Attention and FFN run side by side after one norm or two, or one after the other (RW). Positions
 are rotary or, in RW, ALiBi.
 
-Knows: Falcon's config and weight names. Does not know: paging. Source: ``modeling_falcon`` of
-transformers 5.23 with its default attention (sdpa).
+Knows: Falcon's config and weight names, also those of the time before transformers had it, when its
+``model_type`` was RefinedWeb (40B) or RefinedWebModel (7B, RW). Does not know: paging. Source:
+``modeling_falcon`` of transformers 5.23 with its default attention (sdpa).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,12 @@ from .common import largest, make_rope, offset_of, positions, rope_settings, set
 
 EMBEDDING = "transformer.word_embeddings.weight"
 TOP_LEVEL = ("transformer.", "lm_head.")
+OLD_NAMES = {
+    "n_embed": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_kv_heads",
+    "n_layer": "num_hidden_layers",
+}
 
 
 @dataclass
@@ -50,10 +58,23 @@ class ModelArgs(BaseModelArgs):
     multi_query: bool = True
     parallel_attn: bool = True
     bias: bool = False
+    max_position_embeddings: int = 2048
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
     tie_word_embeddings: bool = True
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> ModelArgs:
+        """The arguments of a config; only the 40B of old had groups of heads, and said so."""
+        renamed = {
+            new: params[old]
+            for old, new in OLD_NAMES.items()
+            if params.get(old) and params.get(new) is None
+        }
+        if params.get("n_head_kv"):
+            renamed["new_decoder_architecture"] = params.get("new_decoder_architecture", True)
+        return super().from_dict(dict(params) | renamed)
 
     def __post_init__(self) -> None:
         # hidden_act is not Falcon's word, but relufied models have used it.
@@ -136,7 +157,7 @@ class Attention(nn.Module):
             settings = rope_settings(
                 args.rope_parameters, args.rope_scaling, rope_theta=args.rope_theta
             )
-            self.rope = make_rope(args.head_dim, settings)
+            self.rope = make_rope(args.head_dim, settings, args.max_position_embeddings)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         batch, length, width = x.shape

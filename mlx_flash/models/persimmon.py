@@ -19,10 +19,9 @@ from mlx_lm.models.base import (
 
 from ..errors import ModelError
 from .activations import activation
-from .common import make_rope, offset_of, rope_settings, settle_head
+from .common import ROTARY_SHARE, make_rope, offset_of, rope_settings, settle_head
 
 EMBEDDING = "model.embed_tokens.weight"
-ROTARY_SHARE = 0.5  # of a head, where the config does not say
 TOP_LEVEL = ("model.", "lm_head.")
 
 
@@ -37,6 +36,7 @@ class ModelArgs(BaseModelArgs):
     hidden_act: str | None = "relu2"
     layer_norm_eps: float = 1e-5
     qk_layernorm: bool = True
+    max_position_embeddings: int = 16384
     partial_rotary_factor: float | None = None
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class Attention(nn.Module):
             partial_rotary_factor=ROTARY_SHARE if share is None else share,
         )
         dims = int(self.head_dim * settings["partial_rotary_factor"])
-        self.rope = make_rope(dims, settings)
+        self.rope = make_rope(dims, settings, args.max_position_embeddings)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         batch, length, width = x.shape
