@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from .errors import BudgetError
@@ -37,6 +37,7 @@ RESIDENT_STEP = 128
 MAX_STEP = 2048  # mlx-lm's own prefill step
 STEP_SHARE = 4  # of what fixed needs leave, at most one part in so many goes to prompt chunks
 BUFFERS = 2
+LEAST_SHARE = 50  # a cache holds at least one row in so many
 
 
 def parse_ram(size: int | str) -> int:
@@ -141,14 +142,70 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class SparseNeeds:
+    """What it takes to read only the rows that fire, in bytes where nothing else is said.
+
+    Args:
+        predictors: of each layer.
+        slots: of each layer, memory that one cached row takes.
+        rows: numbers of rows of each layer.
+        demand: of each layer, how many rows it would have the cache hold; only the proportions
+            count.
+        buffers: for rows that find no slot, and for prompts.
+    """
+
+    predictors: tuple[int, ...]
+    slots: tuple[int, ...]
+    rows: tuple[int, ...]
+    demand: tuple[float, ...]
+    buffers: int
+
+    @property
+    def least_slots(self) -> tuple[int, ...]:
+        """Cached rows of each layer below which paging makes no sense."""
+        return tuple(-(-rows // LEAST_SHARE) for rows in self.rows)
+
+    def bytes_of(self, capacities: Sequence[int]) -> int:
+        """Memory for so many cached rows of each layer."""
+        return sum(n * size for n, size in zip(capacities, self.slots, strict=True))
+
+    def capacities(self, room: int) -> tuple[int, ...]:
+        """Cached rows of each layer that fit into ``room``, as their demands are to each other."""
+        low, high = 0.0, max(r / max(d, 1e-9) for r, d in zip(self.rows, self.demand, strict=True))
+        for _ in range(64):
+            middle = (low + high) / 2
+            if self.bytes_of(self._at(middle)) <= room:
+                low = middle
+            else:
+                high = middle
+        return self._at(low)
+
+    def _at(self, factor: float) -> tuple[int, ...]:
+        return tuple(
+            min(rows, max(least, int(factor * demand)))
+            for rows, least, demand in zip(self.rows, self.least_slots, self.demand, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a budget buys: layers whose rows are ``kept``, layers ``streamed``, prompt ``step``."""
+    """What a budget buys.
+
+    Args:
+        ram: the budget.
+        kept: layers all of whose rows stay in memory.
+        streamed: layers that are read whole for every token.
+        step: tokens of a prompt chunk.
+        table: label to bytes.
+        slots: layer to cached rows, for layers of which only the rows that fire are read.
+    """
 
     ram: int | None
     kept: tuple[int, ...]
     streamed: tuple[int, ...]
     step: int
     table: dict[str, int]
+    slots: dict[int, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -200,6 +257,50 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
         if step and (step >= wanted or streamed == candidates[-1]):
             return Plan(ram, kept, chosen, step, needs.table(step, kept))
     raise BudgetError(f"no plan fits {show(ram)}, though {show(needs.least)} should do")
+
+
+def make_sparse_plan(ram: int, needs: Needs, sparse: SparseNeeds, machine: int) -> Plan:
+    """The plan that makes the most of ``ram`` bytes where rows are predicted.
+
+    Raises:
+        BudgetError: more than the machine has, or less than the least; it lists what that is.
+    """
+    check_machine(ram, machine)
+    if needs.dense <= ram:
+        return make_plan(ram, needs, machine)
+    least = sparse_plan_of(ram, needs, sparse, sparse.least_slots, needs.min_step)
+    if ram < least.total:
+        listed = "\n".join(f"  {n / 1e6:10.1f} MB  {label}" for label, n in least.table.items())
+        raise BudgetError(
+            f"RAM budget {show(ram)} is too small for this model with its predictors; the least "
+            f"that works is {show(round_up(least.total))}:\n{listed}\nA shorter context needs "
+            f"less; without predictors the least is {show(round_up(needs.least))}."
+        )
+    smallest = needs.workspace(needs.min_step)
+    room = ram - least.total + sparse.bytes_of(sparse.least_slots) + smallest
+    step = _step(max(smallest, room // STEP_SHARE), needs)
+    capacities = sparse.capacities(room - needs.workspace(step))
+    return sparse_plan_of(ram, needs, sparse, capacities, step)
+
+
+def sparse_plan_of(
+    ram: int | None, needs: Needs, sparse: SparseNeeds, capacities: Sequence[int], step: int
+) -> Plan:
+    """The plan that has so many cached rows of each layer; a layer with all of them is kept."""
+    kept = tuple(i for i, n in enumerate(capacities) if n >= sparse.rows[i])
+    slots = {i: n for i, n in enumerate(capacities) if i not in kept}
+    share = sum(slots.values()) / max(1, sum(sparse.rows[i] for i in slots))
+    table = {
+        label: size
+        for label, size in needs.table(step, kept).items()
+        if "streaming" not in label and label != "slack"
+    }
+    table["predictors"] = sum(sparse.predictors[i] for i in slots)
+    table[f"cached FFN rows, {100 * share:.0f} % of {len(slots)} layers"] = sum(
+        n * sparse.slots[i] for i, n in slots.items()
+    )
+    table["2 row buffers"] = sparse.buffers
+    return Plan(ram, kept, (), step, {**table, "slack": needs.slack}, slots)
 
 
 def _step(room: int, needs: Needs) -> int:

@@ -1,22 +1,24 @@
-"""Slots in unified memory: where rows wait, which row is in which slot, which leave first.
+"""Slots in unified memory: where rows wait and which row is in which slot.
 
 The sliding window of LLM in a flash (sections 3.1 and 3.3): rows used for one of the last k tokens
 stay. The used slots are a prefix, so that a matmul over ``array[:n]`` needs no gather; holes are
 filled by new rows first and then from the end of the prefix.
 
-Knows: slots, the reader that fills them. Does not know: how active rows are found, what an FFN
-computes, models. The bookkeeping (``SlotTable``, ``SlidingWindow``) is numpy only.
+Knows: slots, the reader that fills them. Does not know: how active rows are found, which leave
+first (``policy``), what an FFN computes, models. The bookkeeping (``SlotTable``) is numpy only.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import CacheError
+from .policy import Policy, SlidingWindow
 from .reader import RowReader
 from .rows import PAGE, RowLayout
 
@@ -52,19 +54,32 @@ def _bytes_of(array: mx.array) -> np.ndarray:
     return np.array(array, copy=False).view(np.uint8)
 
 
+def slot_bytes(layout: RowLayout, parts: Sequence[str] | None = None) -> int:
+    """Memory that a slot takes for these parts of a row; None for all of them."""
+    extents = zip(layout.parts, layout.extents, strict=True)
+    return sum(extent for part, extent in extents if parts is None or part.name in parts)
+
+
 class SlotMemory:
     """Memory for ``capacity`` rows, one array per part.
 
     ``arrays[name]`` is an MLX array [capacity, width], ``views`` the same memory as uint8 arrays
     [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
     to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
-    another one, at least as large, out for fewer rows. ``nbytes`` counts memory of its own.
+    another one, at least as large, out for fewer rows. Parts that are not among ``parts`` have no
+    memory, and None for a view. ``nbytes`` counts memory of its own.
     """
 
-    def __init__(self, layout: RowLayout, capacity: int, share: SlotMemory | None = None) -> None:
+    def __init__(
+        self,
+        layout: RowLayout,
+        capacity: int,
+        share: SlotMemory | None = None,
+        parts: Sequence[str] | None = None,
+    ) -> None:
         self.capacity = capacity
         unit = UNITS[min(DTYPES[part.dtype].size for part in layout.parts)]
-        nbytes = capacity * sum(layout.extents)
+        nbytes = capacity * slot_bytes(layout, parts)
         if share is None:
             self._memory, view = aligned_bytes(nbytes, unit)
             self.nbytes = self._memory.nbytes + PAGE
@@ -72,11 +87,14 @@ class SlotMemory:
             self._memory, view = share.first(nbytes)
             self.nbytes = 0
         self.arrays: dict[str, mx.array] = {}
-        self.views: list[np.ndarray] = []
+        self.views: list[np.ndarray | None] = []
         self._spans: dict[str, tuple[int, int, mx.Dtype]] = {}
         self._joined: dict[tuple[str, str], mx.array] = {}
         at = 0
         for part, extent in zip(layout.parts, layout.extents, strict=True):
+            if parts is not None and part.name not in parts:
+                self.views.append(None)
+                continue
             stop = at + capacity * extent
             self._spans[part.name] = (at, stop, DTYPES[part.dtype])
             self.arrays[part.name] = self._typed(at, stop, DTYPES[part.dtype], capacity)
@@ -110,43 +128,6 @@ class SlotMemory:
         return array
 
 
-class Policy(Protocol):
-    """Which cached rows leave. Rows are int arrays; a step is one call of ``used``.
-
-    Active rows never leave, whatever a policy says of them.
-    """
-
-    def used(self, rows: np.ndarray) -> None:
-        """These rows are active in the step that begins now."""
-
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        """Of cached rows, a bool mask of those that leave even where there is room."""
-
-    def rank(self, rows: np.ndarray) -> np.ndarray:
-        """Of cached rows, a number each: the smallest leave first where room is needed."""
-
-
-class SlidingWindow:
-    """Rows active in one of the last ``window`` steps stay; the longest unused leave first."""
-
-    def __init__(self, rows: int, window: int) -> None:
-        if window < 1:
-            raise CacheError(f"a window is at least one token, got {window}")
-        self.window = window
-        self._step = 0
-        self._last = np.full(rows, -1, np.int64)
-
-    def used(self, rows: np.ndarray) -> None:
-        self._step += 1
-        self._last[rows] = self._step
-
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return self._last[rows] <= self._step - self.window
-
-    def rank(self, rows: np.ndarray) -> np.ndarray:
-        return self._last[rows]
-
-
 @dataclass
 class Update:
     """What has to happen so that the active rows are in slots.
@@ -178,8 +159,11 @@ class SlotTable:
         self.slot_of = np.full(self.rows, -1, np.int32)
         self.row_in = np.full(self.capacity, -1, np.int32)
 
-    def update(self, active: np.ndarray, policy: Policy) -> Update:
+    def update(self, active: np.ndarray, policy: Policy, told: bool = False) -> Update:
         """Make room for the active rows (sorted, distinct) and enter them.
+
+        Args:
+            told: the policy knows already what this step uses.
 
         Raises CacheError when there are more active rows than slots, or when they are no such
         rows; nothing is changed then.
@@ -195,7 +179,8 @@ class SlotTable:
                 f"{active.size} rows are active at once, the cache has {self.capacity} slots; "
                 "give it more RAM or fetch in several rounds"
             )
-        policy.used(active)
+        if not told:
+            policy.used(active)
         missing = active[self.slot_of[active] < 0]
         holes = self._evict(active, missing.size, policy)
         filled = min(holes.size, missing.size)
@@ -248,6 +233,7 @@ class RowCache:
         capacity: slots.
         policy: which rows leave; a ``SlidingWindow`` unless given otherwise.
         window: tokens that the default policy keeps rows for.
+        parts: of a row, those to keep; None for all.
     """
 
     def __init__(
@@ -258,16 +244,19 @@ class RowCache:
         *,
         window: int = 4,
         policy: Policy | None = None,
+        parts: Sequence[str] | None = None,
     ) -> None:
         rows = reader.file.layers[layer].rows
         self.layer = layer
         self.table = SlotTable(rows, min(capacity, rows))
-        self.memory = SlotMemory(reader.layout, self.table.capacity)
+        self.memory = SlotMemory(reader.layout, self.table.capacity, parts=parts)
         self.policy = policy or SlidingWindow(rows, window)
         self.hits = 0
         self.misses = 0
+        self.wait_seconds = 0.0  # for reads, within fetch
         self._reader = reader
         self._built_on: list[mx.array] = []
+        self._index: mx.array | None = None
 
     def fetch(self, active: np.ndarray) -> int:
         """Bring the active rows (sorted, distinct) in; returns the length of the used prefix.
@@ -276,23 +265,47 @@ class RowCache:
         Raises CacheError for more rows than slots, ReadError when the disk fails; after a
         failed read the cache is empty.
         """
-        update = self.table.update(active, self.policy)
+        self._carry_out(self.table.update(active, self.policy))
+        return self.table.num_used
+
+    def fetch_some(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """``fetch`` for any number of rows; returns (those that are in slots, the others), sorted.
+
+        Where there are more than slots, what is there already stays, then come the rows that the
+        policy would let go last.
+        """
+        capacity = self.table.capacity
+        if active.size <= capacity:
+            self.fetch(active)
+            return active, active[:0]
+        self.policy.used(active)
+        here = self.table.slot_of[active] >= 0
+        missing = np.flatnonzero(~here)
+        order = np.argsort(-np.asarray(self.policy.rank(active[missing])), kind="stable")
+        here[missing[order[: capacity - int(here.sum())]]] = True
+        self._carry_out(self.table.update(active[here], self.policy, told=True))
+        return active[here], active[~here]
+
+    def _carry_out(self, update: Update) -> None:
         changes = update.load_rows.size or update.move_to.size
         try:
             if changes or len(self._built_on) > UNSETTLED:
                 mx.eval(self._built_on)
                 self._built_on.clear()
             if changes:
+                self._index = None
                 views = self.memory.views
                 for view in views:
-                    view[update.move_to] = view[update.move_from]
+                    if view is not None and update.move_to.size:
+                        view[update.move_to] = view[update.move_from]
+                began = time.perf_counter()
                 self._reader.read(self.layer, update.load_rows, update.load_slots, views)
+                self.wait_seconds += time.perf_counter() - began
         except BaseException:
             self._drop_all()
             raise
         self.hits += update.hits
         self.misses += int(update.load_rows.size)
-        return self.table.num_used
 
     def built(self, *arrays: mx.array) -> None:
         """Say which lazy arrays still read the slots."""
@@ -306,7 +319,14 @@ class RowCache:
         """Which row each slot of the used prefix holds, int32 [num_used]."""
         return self.table.row_in[: self.table.num_used].copy()
 
+    def index(self) -> mx.array:
+        """``rows`` as an MLX array; made anew only when they have changed."""
+        if self._index is None or self._index.size != self.table.num_used:
+            self._index = mx.array(self.rows())
+        return self._index
+
     def _drop_all(self) -> None:
         """After a failure no slot can be trusted: begin empty."""
         self.table = SlotTable(self.table.rows, self.table.capacity)
         self._built_on.clear()
+        self._index = None

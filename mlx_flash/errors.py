@@ -42,3 +42,15 @@ class ConvertError(FlashError):
 
 class CacheError(FlashError, ValueError):
     """A request that a row cache cannot serve, such as more rows at once than slots."""
+
+
+class PredictorError(FlashError, ValueError):
+    """A predictor that is missing, damaged, or made for another model."""
+
+
+class CalibrationError(FlashError, ValueError):
+    """Calibration cannot start or go on: its text, its settings, or a number that is none."""
+
+
+class UsageError(FlashError):
+    """Arguments of a command that contradict themselves."""

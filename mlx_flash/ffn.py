@@ -32,47 +32,81 @@ class RowLinear(nn.Module):
         linear: the layer it replaces; its bias stays, its weight is dropped.
         transposed: False for gate and up (weight [rows, d_model]), True for down, where the rows
             are the columns of the weight [d_model, rows].
+        parts: how many parts of a row it computes: 2 for a fused gate and up.
     """
 
-    def __init__(self, linear: nn.Linear, transposed: bool) -> None:
+    def __init__(self, linear: nn.Linear, transposed: bool, parts: int = 1) -> None:
         super().__init__()
         outputs, inputs = linear.weight.shape
         self.d_model = outputs if transposed else inputs
         self.transposed = transposed
+        self.parts = parts
         if "bias" in linear:
             self.bias = linear.bias
-        self._rows: mx.array | None = None
+        self._rows: list[mx.array] = []
+        self._index: mx.array | None = None
+        self._values: mx.array | None = None
+        self._partial = False
 
-    def bind(self, rows: mx.array) -> None:
-        """Compute from ``rows`` [n, width]; columns from d_model on are not used."""
-        self._rows = rows
+    def bind(
+        self,
+        *rows: mx.array,
+        index: mx.array | None = None,
+        values: mx.array | None = None,
+        partial: bool = False,
+    ) -> None:
+        """Compute from ``rows`` [n, width], one array for each part; columns from d_model on are
+        not used.
+
+        Args:
+            index: int array [n], which rows of the layer they are; None for all of them in order.
+            values: [..., n], the output for the first part, known already; it has no rows then.
+            partial: give what these rows add to the output, float32, without the bias (down only).
+        """
+        self._rows, self._index, self._values = list(rows), index, values
+        self._partial = partial
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = self._rows
-        if rows is None:
+        if not self._rows and self._values is None:
             raise ValueError("no rows are bound to this layer")
-        padding = rows.shape[-1] - self.d_model
-        if not self.transposed:
-            if padding:
-                x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-            return self._affine(x, rows.T, 0)
-        return self._affine(x, rows, padding)[..., : self.d_model]
+        if self.transposed:
+            return self._down(x, self._rows[0])
+        known = [] if self._values is None else [self._values]
+        part = len(known)
+        found = [self._forward(x, rows, part + i) for i, rows in enumerate(self._rows)]
+        found = known + found
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
-    def _affine(self, x: mx.array, weight: mx.array, padding: int) -> mx.array:
+    def _forward(self, x: mx.array, rows: mx.array, part: int) -> mx.array:
+        if padding := rows.shape[-1] - self.d_model:
+            x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
         if "bias" not in self:
-            return x @ weight
+            return x @ rows.T
+        bias = self.bias
+        if self._index is not None:
+            bias = mx.split(bias, self.parts)[part][self._index]
+        return mx.addmm(bias, x, rows.T)
+
+    def _down(self, x: mx.array, rows: mx.array) -> mx.array:
+        if self._partial:
+            y = x.astype(mx.float32) @ rows.astype(mx.float32)
+            return y[..., : self.d_model]
+        if "bias" not in self:
+            return (x @ rows)[..., : self.d_model]
+        padding = rows.shape[-1] - self.d_model
         bias = mx.pad(self.bias, [(0, padding)]) if padding else self.bias
-        if self.transposed and x.dtype == mx.float32:
+        if x.dtype == mx.float32:
             # addmm begins its sum at the bias for this orientation, after it for the dense one.
-            return x @ weight + bias
-        return mx.addmm(bias, x, weight)
+            return (x @ rows + bias)[..., : self.d_model]
+        return mx.addmm(bias, x, rows)[..., : self.d_model]
 
 
 def use_rows(mlp: nn.Module, ffn: Ffn) -> None:
     """Replace the projections of an FFN module by ``RowLinear``; their weights are dropped."""
     for part, name in projections(ffn).items():
         if not isinstance(mlp[name], RowLinear):  # a fused one is gate and up
-            mlp[name] = RowLinear(mlp[name], transposed=part == "down")
+            parts = 2 if name == ffn.fused else 1
+            mlp[name] = RowLinear(mlp[name], transposed=part == "down", parts=parts)
 
 
 def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory) -> None:
@@ -80,6 +114,57 @@ def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory) -> None:
     for part, name in projections(ffn).items():
         fused = name == ffn.fused
         mlp[name].bind(memory.joined("gate", "up") if fused else memory.arrays[part])
+
+
+def bind_some(
+    mlp: nn.Module,
+    ffn: Ffn,
+    arrays: dict[str, mx.array],
+    index: mx.array,
+    known: tuple[str, mx.array] | None,
+    partial: bool = False,
+) -> None:
+    """Let a module made by ``use_rows`` compute from some rows.
+
+    Args:
+        arrays: part -> [n, width].
+        index: which rows they are, int32 [n].
+        known: a part whose output is there already, and that output for every row [..., rows].
+        partial: see ``RowLinear.bind``.
+    """
+    values = mx.take(known[1], index, axis=-1) if known else None
+    part = known[0] if known else None
+    if ffn.fused:
+        rows = [arrays[name] for name in ("gate", "up") if name != part]
+        mlp[ffn.fused].bind(*rows, index=index, values=values)
+        mlp[ffn.down].bind(arrays["down"], partial=partial)
+        return
+    for name, projection in projections(ffn).items():
+        if name == part:
+            mlp[projection].bind(index=index, values=values)
+        else:
+            mlp[projection].bind(arrays[name], index=index, partial=partial and name == "down")
+
+
+def resident_part(reader: RowReader, layer: int, part: str) -> mx.array:
+    """One part of every row of a layer, [rows, d_model], read from the row file."""
+    parts, rows = reader.layout.parts, reader.file.layers[layer].rows
+    found = next(p for p in parts if p.name == part)
+    dtype = DTYPES[found.dtype]
+    weight = mx.zeros((rows, found.width), UNITS[dtype.size])
+    mx.eval(weight)
+    view = np.array(weight, copy=False)
+    chunk = SlotMemory(
+        reader.layout, min(rows, max(1, CHUNK_BYTES // reader.layout.stride)), parts=[part]
+    )
+    data = next(v for v in chunk.views if v is not None)
+    for start in range(0, rows, chunk.capacity):
+        count = min(chunk.capacity, rows - start)
+        reader.read(layer, np.arange(start, start + count), np.arange(count), chunk.views)
+        view[start : start + count] = data[:count, : found.nbytes].view(view.dtype)
+    weight = weight.view(dtype)
+    mx.eval(weight)
+    return weight
 
 
 def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array]:

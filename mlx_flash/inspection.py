@@ -5,14 +5,17 @@ Knows: how to count and to show. Does not know: how fast anything is.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from . import footprint
-from .budget import make_plan, round_up, show
+from .budget import make_plan, make_sparse_plan, round_up, show
 from .directory import ModelDirectory
+from .errors import BudgetError
 from .loader import load_tokenizer
-from .needs import needs_of
+from .needs import needs_of, sparse_needs
 from .reader import RowReader
+from .selection import Selection, select
 
 STEPS = 5  # budgets shown, from the least to what the dense model takes
 
@@ -28,6 +31,8 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         reader.close()
     del tokenizer
     count = sum(layer.rows for layer in rows.layers)
+    selection = select(directory)
+    sparse = sparse_needs(directory, selection) if selection else None
     return {
         "path": str(directory.path),
         "model_type": directory.config["model_type"],
@@ -46,7 +51,19 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "direct_reads": reader.direct,
         "least_bytes": needs.least,
         "dense_bytes": needs.dense,
-        "budgets": [_budget(needs, ram) for ram in _budgets(needs.least, needs.dense)],
+        "predictor": _predictor(selection),
+        "budgets": [_budget(needs, sparse, ram) for ram in _budgets(needs.least, needs.dense)],
+    }
+
+
+def _predictor(selection: Selection | None) -> dict[str, Any] | None:
+    if selection is None:
+        return None
+    return {
+        "kind": selection.kind,
+        "exact": selection.exact,
+        "bytes": sum(selection.nbytes),
+        "measured": selection.measured,
     }
 
 
@@ -57,13 +74,18 @@ def _budgets(least: int, dense: int) -> list[int]:
     return [round_up(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
 
 
-def _budget(needs: Any, ram: int) -> dict[str, Any]:
-    plan = make_plan(ram, needs, max(ram, footprint.machine()))
+def _budget(needs: Any, sparse: Any, ram: int) -> dict[str, Any]:
+    machine = max(ram, footprint.machine())
+    plan = make_plan(ram, needs, machine)
+    if sparse:
+        with contextlib.suppress(BudgetError):  # too little for predictors: whole layers, then
+            plan = make_sparse_plan(ram, needs, sparse, machine)
     return {
         "ram_bytes": ram,
         "kept_layers": len(plan.kept),
         "kept_bytes": sum(needs.layers[i] for i in plan.kept),
         "streamed_bytes_per_token": sum(needs.layers[i] for i in plan.streamed),
+        "cached_rows": sum(plan.slots.values()),
         "prompt_chunk_tokens": plan.step,
     }
 
@@ -82,13 +104,33 @@ def report(info: dict[str, Any]) -> str:
         f"  least RAM  {show(info['least_bytes'])}; everything resident from "
         f"{show(info['dense_bytes'])} (context of {info['context']} tokens)",
     ]
+    if predictor := info["predictor"]:
+        lines.append(_predictor_line(predictor))
     if info["budgets"]:
         lines.append("  RAM budget   layers kept   FFN kept    read per token   prompt chunk")
     for row in info["budgets"]:
         kept = f"{row['kept_layers']} of {info['layers']}"
         lines.append(
             f"  {show(row['ram_bytes']):>10}   {kept:>11}   {show(row['kept_bytes']):>8}"
-            f"   {show(row['streamed_bytes_per_token']):>14}"
+            f"   {_read(row, info):>14}"
             f"   {row['prompt_chunk_tokens']:>5} tokens"
         )
     return "\n".join(lines)
+
+
+def _read(row: dict[str, Any], info: dict[str, Any]) -> str:
+    """What a token reads; of rows that are predicted only the size of their cache is known."""
+    if row["cached_rows"]:
+        return f"{100 * row['cached_rows'] / info['rows']:.0f} % cached"
+    return show(row["streamed_bytes_per_token"])
+
+
+def _predictor_line(predictor: dict[str, Any]) -> str:
+    line = f"  predictor  {predictor['kind']}, {show(predictor['bytes'])}, "
+    if predictor["exact"]:
+        return line + "exact"
+    measured = predictor["measured"]
+    dense, predicted = measured.get("perplexity_dense"), measured.get("perplexity_predicted")
+    if not dense or not predicted:
+        return line + "lossy, the loss was not measured"
+    return line + f"lossy: perplexity {predicted:.2f}, dense {dense:.2f}"

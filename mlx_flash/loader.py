@@ -1,8 +1,9 @@
 """A model directory to what mlx-lm's own generation takes: (model, tokenizer).
 
 The model is the family's class (``architectures``) with the FFN of some layers replaced. Layers
-whose rows are kept are its own modules with weights read from the row file; the others stream.
-Nothing in mlx_lm is patched.
+whose rows are kept are its own modules with weights read from the row file; of the others the rows
+that a predictor names are read, or, without predictors, whole layers are streamed. Nothing in
+mlx_lm is patched.
 
 Knows: mlx-lm's loading contract. Does not know: what things cost in memory (``needs``), the command
 line.
@@ -25,12 +26,27 @@ from mlx_lm import utils
 
 from . import families, footprint
 from .architectures import get_classes
-from .budget import BUFFERS, Needs, Plan, check_machine, make_plan, parse_ram, show, split
+from .budget import (
+    BUFFERS,
+    Needs,
+    Plan,
+    check_machine,
+    make_plan,
+    make_sparse_plan,
+    parse_ram,
+    show,
+    sparse_plan_of,
+    split,
+)
+from .cache import RowCache
 from .directory import ModelDirectory
 from .errors import BudgetError, ModelError
 from .ffn import FlashMLP, dense_weights, placeholders, use_rows
-from .needs import MLX_CACHE, foreign_errors, needs_of, tokens_in
+from .needs import MLX_CACHE, foreign_errors, needs_of, sparse_needs, tokens_in
+from .policy import DEFAULT_POLICY, DEFAULT_WINDOW, Policy, SlidingWindow, make_policy
 from .reader import ReadStats, RowReader
+from .selection import Selection, select
+from .sparse import RowStream, SparseMLP, SparseStats
 from .stream import LayerStream
 
 
@@ -40,23 +56,40 @@ class FlashStats(ReadStats):
 
     ``hits`` and ``misses`` count rows found in memory and rows that had to be read;
     ``wait_seconds`` is the time that computing stood still for reading; ``forwards`` counts calls
-    of the model, prompt chunks included.
+    of the model, prompt chunks included. Of layers whose rows are predicted: ``predicted`` rows, in
+    ``layer_calls`` calls, ``predict_seconds`` for saying which, ``manage_seconds`` for bookkeeping.
     """
 
     wait_seconds: float = 0.0
     hits: int = 0
     misses: int = 0
     forwards: int = 0
+    predicted: int = 0
+    layer_calls: int = 0
+    predict_seconds: float = 0.0
+    manage_seconds: float = 0.0
 
 
 class Flash:
     """What pages a model's FFN: the attribute ``flash`` of a loaded model."""
 
-    def __init__(self, directory: ModelDirectory, plan: Plan, reader: RowReader) -> None:
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        plan: Plan,
+        reader: RowReader,
+        selection: Selection | None = None,
+        policies: Callable[[int], Policy] = SlidingWindow,
+    ) -> None:
         self.directory = directory
         self.plan = plan
         self.reader = reader
+        self.selection = selection if plan.slots else None
         self.stream: LayerStream | None = None
+        self.rows: RowStream | None = None
+        self.caches: dict[int, RowCache] = {}
+        self._policies = policies
+        self._sparse = SparseStats()
         self.max_tokens: int | None = None
         self._forwards = 0
         self._found: list[tuple[str, nn.Module]] = []
@@ -65,13 +98,22 @@ class Flash:
     def stats(self) -> FlashStats:
         """The counters as they stand."""
         kept = sum(self.directory.rows.layers[i].rows for i in self.plan.kept)
-        return FlashStats(
+        caches = self.caches.values()
+        stats = FlashStats(
             **dataclasses.asdict(self.reader.stats()),
-            wait_seconds=self.stream.wait_seconds if self.stream else 0.0,
-            hits=kept * self._forwards,
-            misses=self.stream.rows_acquired if self.stream else 0,
+            wait_seconds=sum(cache.wait_seconds for cache in caches),
+            hits=kept * self._forwards + sum(cache.hits for cache in caches),
+            misses=sum(cache.misses for cache in caches),
             forwards=self._forwards,
+            **dataclasses.asdict(self._sparse),
         )
+        if self.stream:
+            stats.wait_seconds += self.stream.wait_seconds
+            stats.misses += self.stream.rows_acquired
+        if self.rows:
+            stats.wait_seconds += self.rows.wait_seconds
+            stats.misses += self.rows.rows_read
+        return stats
 
     def close(self) -> None:
         """Stop reading and let go of the row file; the model cannot be used after that."""
@@ -80,7 +122,7 @@ class Flash:
         self.reader.close()
 
     def install(self, model: nn.Module) -> None:
-        """Drop the FFN weights of the layers that stream."""
+        """Drop the FFN weights of the layers whose rows are not kept."""
         found = families.modules(model, self.directory.ffn)
         if len(found) != len(self.directory.rows.layers):
             raise ModelError(
@@ -88,7 +130,7 @@ class Flash:
                 f"{len(self.directory.rows.layers)}"
             )
         self._found = found
-        for i in self.plan.streamed:
+        for i in (*self.plan.streamed, *self.plan.slots):
             use_rows(found[i][1], self.directory.ffn)
 
     def weights(
@@ -115,16 +157,26 @@ class Flash:
         return {name: weight for name, weight in weights.items() if name not in streamed}
 
     def start(self, model: nn.Module) -> None:
-        """Put the streaming FFNs in place."""
-        if not self.plan.streamed:
-            return
-        self.stream = LayerStream(self.reader, self.plan.streamed, BUFFERS)
-        paged = [
-            (path, FlashMLP(mlp, self.directory.ffn, i, self.stream))
-            for i, (path, mlp) in enumerate(self._found)
-            if i in self.plan.streamed
-        ]
-        model.update_modules(tree_unflatten(paged))
+        """Put the paged FFNs in place."""
+        ffn, layers = self.directory.ffn, self.directory.rows.layers
+        paged: dict[int, nn.Module] = {}
+        if self.plan.streamed:
+            self.stream = LayerStream(self.reader, self.plan.streamed, BUFFERS)
+            paged = {
+                i: FlashMLP(self._found[i][1], ffn, i, self.stream) for i in self.plan.streamed
+            }
+        if self.plan.slots and self.selection:
+            self.rows = RowStream(self.reader, max(layers[i].rows for i in self.plan.slots))
+            for i, slots in self.plan.slots.items():
+                predictor = self.selection.build(self.reader, i, self._found[i][1], ffn)
+                parts = [part for part in ffn.parts if part != predictor.provides]
+                self.caches[i] = RowCache(
+                    self.reader, i, slots, policy=self._policies(layers[i].rows), parts=parts
+                )
+                paged[i] = SparseMLP(
+                    self._found[i][1], ffn, predictor, self.caches[i], self.rows, self._sparse
+                )
+        model.update_modules(tree_unflatten([(self._found[i][0], m) for i, m in paged.items()]))
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
         """Run the model, a prompt in chunks that the plan has memory for.
@@ -175,6 +227,10 @@ def load(
     *,
     context: int | None = None,
     kept_share: float | None = None,
+    predictor: str = "auto",
+    policy: str = DEFAULT_POLICY,
+    window: int = DEFAULT_WINDOW,
+    cache_share: float | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model directory for mlx_lm's ``generate``, ``stream_generate``, ``make_prompt_cache``.
 
@@ -187,7 +243,15 @@ def load(
             is planned for; with a budget the model refuses to go beyond. Default 2048, or what
             the model was made for if less.
         kept_share: for experiments, the share of layers whose rows are kept, instead of what the
-            budget would buy.
+            budget would buy; no predictors.
+        predictor: how the rows that fire are known: "gate" or "up" (exact, for activations with
+            zeros; that part stays in memory), "low-rank" or "threshold" (lossy, made by
+            ``mlx_flash calibrate``), "none" (every row is read), or "auto": what was calibrated,
+            else what is exact and fits. Where the budget holds every row nothing is predicted.
+        policy: which rows leave the cache: window, lru or lfu.
+        window: tokens that the policy "window" keeps rows for.
+        cache_share: for experiments, the share of every layer's rows that the cache holds, instead
+            of what the budget would buy.
 
     With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
     used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
@@ -200,7 +264,17 @@ def load(
     """
     directory = ModelDirectory(path)
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, ram, use_flash, context=context, kept_share=kept_share)
+    model = load_model(
+        directory,
+        ram,
+        use_flash,
+        context=context,
+        kept_share=kept_share,
+        predictor=predictor,
+        policy=policy,
+        window=window,
+        cache_share=cache_share,
+    )
     return model, tokenizer
 
 
@@ -218,16 +292,28 @@ def load_model(
     *,
     context: int | None = None,
     kept_share: float | None = None,
+    predictor: str = "auto",
+    policy: str = DEFAULT_POLICY,
+    window: int = DEFAULT_WINDOW,
+    cache_share: float | None = None,
 ) -> nn.Module:
     """Like ``load``, without the tokenizer."""
     if context is not None and context < 1:
         raise BudgetError(f"a context is at least one token, got {context}")
+    make_policy(policy, 1, window)
+    predicts = use_flash and kept_share is None
+    selection = select(directory, predictor) if predicts else None
     reader = RowReader(directory.rows)
     try:
         needs = needs_of(directory, reader, context)
         budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
-        plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
-        flash = Flash(directory, plan, reader)
+        if selection:
+            explicit = predictor != "auto"
+            plan = choose_sparse(budget, needs, directory, selection, explicit, cache_share)
+        else:
+            plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
+        policies = functools.partial(make_policy, policy, window=window)
+        flash = Flash(directory, plan, reader, selection, policies)
         if ram is not None:
             mx.set_cache_limit(MLX_CACHE)
             flash.max_tokens = needs.context
@@ -263,6 +349,34 @@ def _choose(
             )
         return Plan(budget, kept, chosen, needs.max_step, needs.table(needs.max_step, kept))
     return make_plan(budget, needs, footprint.machine())
+
+
+def choose_sparse(
+    budget: int,
+    needs: Needs,
+    directory: ModelDirectory,
+    selection: Selection,
+    explicit: bool,
+    cache_share: float | None = None,
+) -> Plan:
+    """The plan for a model whose rows are predicted.
+
+    Args:
+        explicit: the predictor was asked for by name; else layers are streamed whole where it does
+            not fit.
+    """
+    sparse = sparse_needs(directory, selection)
+    if cache_share is not None:
+        if not 0 < cache_share <= 1:
+            raise BudgetError(f"cache_share is a share above 0, at most 1, got {cache_share}")
+        capacities = [max(1, round(cache_share * rows)) for rows in sparse.rows]
+        return sparse_plan_of(None, needs, sparse, capacities, needs.max_step)
+    try:
+        return make_sparse_plan(budget, needs, sparse, footprint.machine())
+    except BudgetError:
+        if explicit:
+            raise
+        return make_plan(budget, needs, footprint.machine())
 
 
 def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:

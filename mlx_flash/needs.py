@@ -17,12 +17,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from . import footprint
 from .architectures import get_classes
-from .budget import BUFFERS, MAX_STEP, Needs
-from .cache import DTYPES
+from .budget import BUFFERS, MAX_STEP, Needs, SparseNeeds
+from .cache import DTYPES, slot_bytes
 from .directory import ModelDirectory
 from .errors import FlashError, ModelError
 from .ffn import CHUNK_BYTES
 from .reader import RowReader
+from .selection import Selection
+from .sparse import chunk_rows
 
 DEFAULT_CONTEXT = 2048
 KV_STEP = 256  # mlx-lm's KV caches grow by so many tokens
@@ -69,6 +71,20 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
         buffer=widest * sum(layout.extents),
         buffers=min(BUFFERS, len(layers)),
         workspace=functools.partial(_workspace, directory.config, widest, layout, context),
+    )
+
+
+def sparse_needs(directory: ModelDirectory, selection: Selection) -> SparseNeeds:
+    """What it takes to page the rows that the selected predictors name."""
+    layout, layers = directory.rows.layout, directory.rows.layers
+    parts = [part.name for part in layout.parts if part.name != selection.provides]
+    rows = tuple(layer.rows for layer in layers)
+    return SparseNeeds(
+        predictors=selection.nbytes,
+        slots=(slot_bytes(layout, parts),) * len(layers),
+        rows=rows,
+        demand=selection.demand,
+        buffers=2 * chunk_rows(layout.stride, max(rows)) * slot_bytes(layout),
     )
 
 

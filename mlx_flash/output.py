@@ -22,6 +22,8 @@ from .budget import show
 from .directory import ROW_FILE, ModelDirectory, read_config
 from .errors import ConvertError, FlashError
 
+# What ``calibrate`` adds to a model directory; of no use to another conversion.
+CALIBRATION = ("predictors.safetensors", "calibration.json", "calibration.txt", "calibration.png")
 MARKER = "convert.key"  # in OUT.partial: which conversion it belongs to
 MARGIN_BYTES = 64 << 20  # tokenizer files, file system overhead
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -95,7 +97,7 @@ def _strange_files(out: Path) -> list[str]:
         return []
     flash = read_config(out)["flash"]
     files = flash.get("files")
-    ours = {"config.json", ROW_FILE, ".DS_Store"}
+    ours = {"config.json", ROW_FILE, ".DS_Store", *CALIBRATION}
     ours |= files.keys() if isinstance(files, dict) else set()
     return sorted(file.name for file in out.iterdir() if file.name not in ours)
 

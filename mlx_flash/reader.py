@@ -38,6 +38,7 @@ GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another re
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
 HUGE_PAGE = 2 << 20
+GROUPS = 4  # of requests for each thread
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
 
 
@@ -146,13 +147,18 @@ def _direct_read_works(fd: int, grain: int) -> bool:
 
 @dataclass
 class PreparedRead:
-    """Requests of one set of rows into one set of slots, ready to be issued again and again."""
+    """Requests of one set of rows into one set of slots, ready to be issued again and again.
+
+    Of each row the bytes from ``first`` to ``last`` are read.
+    """
 
     rows: np.ndarray
     slots: np.ndarray
-    out: Sequence[np.ndarray]
+    out: Sequence[np.ndarray | None]
     requests: list[Request]
     iovecs: list[list[memoryview] | None]  # None for a request that is staged
+    first: int
+    last: int
 
 
 class RowReader:
@@ -227,7 +233,7 @@ class RowReader:
             return ReadStats(s.requests, s.bytes_read, s.read_seconds + running, s.direct)
 
     def prepare(
-        self, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray]
+        self, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray | None]
     ) -> PreparedRead:
         """Plan a read of ``rows`` (sorted) so that row ``rows[i]`` lands in slot ``slots[i]``.
 
@@ -236,9 +242,14 @@ class RowReader:
             slots: int array [n], distinct.
             out: for each part a uint8 array [capacity, extent of the part]; for direct scattering
                 its memory starts on a sector. What a slot holds between and behind the numbers
-                of a part is then the padding in the file.
+                of a part is then the padding in the file. None for a part that is not wanted;
+                where the layout scatters it is not read, if it is the first or the last.
         """
+        held = []
         for part, extent, array in zip(self.layout.parts, self.layout.extents, out, strict=True):
+            if array is None:
+                continue
+            held.append(array)
             plain = array.dtype == np.uint8 and array.flags.carray
             if not plain or array.shape[1:] != (extent,):
                 raise ValueError(
@@ -247,29 +258,48 @@ class RowReader:
                 )
             if self.scatters and self.direct and array.ctypes.data % self._grain:
                 raise ValueError(f"memory for part {part.name} does not start on a sector")
+        if not held:
+            raise ValueError("no part of the rows is wanted")
         requests = plan(rows, max_rows=self.max_rows, gap=self.gap)
-        capacity = min(len(array) for array in out)
+        capacity = min(map(len, held))
         if slots.shape != rows.shape or bool(((slots < 0) | (slots >= capacity)).any()):
             raise ValueError(f"slots for {rows.size} rows must be as many, from 0 to {capacity}")
-        flat = [memoryview(array.reshape(-1)) for array in out]
+        first, last = self._span(out)
+        flat = [None if array is None else memoryview(array.reshape(-1)) for array in out]
         iovecs = [
-            self._iovec(request, rows, slots, flat)
+            self._iovec(request, rows, slots, flat, first, last)
             if self.scatters and request.stop - request.start <= SCATTER_ROWS
             else None
             for request in requests
         ]
-        return PreparedRead(rows, slots, out, requests, iovecs)
+        return PreparedRead(rows, slots, out, requests, iovecs, first, last)
+
+    def _span(self, out: Sequence[np.ndarray | None]) -> tuple[int, int]:
+        """From which to which byte of a row the wanted parts lie."""
+        if not self.scatters:
+            return 0, self.layout.stride
+        wanted = [i for i, array in enumerate(out) if array is not None]
+        extents = self.layout.extents
+        if wanted[-1] == len(out) - 1:  # padding behind the last part lets requests be joined
+            return sum(extents[: wanted[0]]), self.layout.stride
+        return sum(extents[: wanted[0]]), sum(extents[: wanted[-1] + 1])
 
     def submit(self, layer: int, read: PreparedRead) -> list[Future[None]]:
         """Start a prepared read on one layer; the rows are there when every future is done."""
         extent = self.file.layers[layer]
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
+        scattered = [i for i, iovec in enumerate(read.iovecs) if iovec is not None]
+        staged = [i for i, iovec in enumerate(read.iovecs) if iovec is None]
+        # Handing a request to a thread costs as much as half a read of 16 KiB: many go together.
+        group = max(1, len(scattered) // (GROUPS * self.threads))
         futures: list[Future[None]] = []
         try:
-            for i, iovec in enumerate(read.iovecs):
-                pool = self._pool if iovec is not None else self._bulk
-                futures.append(pool.submit(self._run, layer, extent.offset, read, i))
+            for i in staged:
+                futures.append(self._bulk.submit(self._run, layer, extent.offset, read, [i]))
+            for at in range(0, len(scattered), group):
+                indices = scattered[at : at + group]
+                futures.append(self._pool.submit(self._run, layer, extent.offset, read, indices))
         except BaseException:
             self.drop(futures)
             self._check_open()
@@ -294,7 +324,7 @@ class RowReader:
         wait([future for future in futures if not future.cancel()])
 
     def read(
-        self, layer: int, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray]
+        self, layer: int, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray | None]
     ) -> None:
         """Read rows of a layer and wait for them.
 
@@ -317,57 +347,73 @@ class RowReader:
             raise ValueError(f"the reader of {self.file.path} is closed") from None
 
     def _iovec(
-        self, request: Request, rows: np.ndarray, slots: np.ndarray, out: list[memoryview]
+        self,
+        request: Request,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        out: list[memoryview | None],
+        first: int,
+        last: int,
     ) -> list[memoryview]:
         """Where the bytes of a request go, in the order of the file; ``out`` is flat."""
         stride, extents = self.layout.stride, self.layout.extents
         sink = memoryview(self._sink)
-        tail = stride - sum(extents)
         pieces: list[memoryview] = []
+        behind = 0  # bytes of the row before that are still to be passed over
         at = request.start
         for row, slot in zip(
             rows[request.first : request.last].tolist(),
             slots[request.first : request.last].tolist(),
             strict=True,
         ):
+            if pieces and behind + first:
+                pieces.append(sink[: behind + first])
             pieces.extend(sink[:stride] for _ in range(row - at))
-            pieces.extend(
-                memory[slot * extent : (slot + 1) * extent]
-                for memory, extent in zip(out, extents, strict=True)
-            )
-            if tail:
-                pieces.append(sink[:tail])
+            offset = 0
+            for memory, extent in zip(out, extents, strict=True):
+                if first <= offset < last:
+                    inside = sink[:extent] if memory is None else memory[slot * extent :][:extent]
+                    pieces.append(inside)
+                offset += extent
+            if last > offset:
+                pieces.append(sink[: last - offset])
+            behind = stride - last
             at = row + 1
         return pieces
 
-    def _run(self, layer: int, base: int, read: PreparedRead, index: int) -> None:
-        self._check_open()
-        request = read.requests[index]
-        offset = base + request.start * self.layout.stride
-        nbytes = (request.stop - request.start) * self.layout.stride
-        self._enter()
-        try:
-            if (iovec := read.iovecs[index]) is not None:
-                self._preadv(iovec, offset, nbytes, layer)
-            else:
-                self._read_staged(layer, read, request, offset, nbytes)
-        finally:
-            self._leave(nbytes)
+    def _run(self, layer: int, base: int, read: PreparedRead, indices: list[int]) -> None:
+        stride = self.layout.stride
+        for index in indices:
+            self._check_open()
+            request = read.requests[index]
+            offset = base + request.start * stride + read.first
+            nbytes = (request.stop - request.start - 1) * stride + read.last - read.first
+            self._enter()
+            try:
+                if (iovec := read.iovecs[index]) is not None:
+                    self._preadv(iovec, offset, nbytes, layer)
+                else:
+                    self._read_staged(layer, read, request, offset, nbytes)
+            finally:
+                self._leave(nbytes)
 
     def _read_staged(
         self, layer: int, read: PreparedRead, request: Request, offset: int, nbytes: int
     ) -> None:
         staging = self._staging.get()
         try:
-            self._preadv([memoryview(staging[:nbytes])], offset, nbytes, layer)
-            block = staging[:nbytes].reshape(-1, self.layout.stride)
+            begin = memoryview(staging)[read.first : read.first + nbytes]
+            self._preadv([begin], offset, nbytes, layer)
+            count = request.stop - request.start
+            block = staging[: count * self.layout.stride].reshape(count, self.layout.stride)
             wanted = read.rows[request.first : request.last] - request.start
             slots = read.slots[request.first : request.last]
             source, target = _as_slice(wanted), _as_slice(slots)
             for part, extent, array in zip(
                 self.layout.parts, self.layout.extents, read.out, strict=True
             ):
-                array[target] = block[source, part.offset : part.offset + extent]
+                if array is not None:
+                    array[target] = block[source, part.offset : part.offset + extent]
         finally:
             self._staging.put(staging)
 

@@ -14,14 +14,13 @@ from test_rows import make
 from mlx_flash import cache as module
 from mlx_flash.cache import (
     DTYPES,
-    Policy,
     RowCache,
-    SlidingWindow,
     SlotMemory,
     SlotTable,
     aligned_bytes,
 )
 from mlx_flash.errors import CacheError, FlashError, ReadError
+from mlx_flash.policy import LFU, LRU, Policy, SlidingWindow
 from mlx_flash.reader import RowReader
 from mlx_flash.rows import PAGE, Part, RowLayout
 
@@ -29,6 +28,9 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
     "window of 1": lambda rows: SlidingWindow(rows, 1),
     "window of 3": lambda rows: SlidingWindow(rows, 3),
     "endless window": lambda rows: SlidingWindow(rows, 10**6),
+    "lru": LRU,
+    "lfu": LFU,
+    "lfu of half-life 2": lambda rows: LFU(rows, 2),
 }
 
 

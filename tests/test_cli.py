@@ -15,7 +15,7 @@ from mlx_lm import stream_generate, utils
 from mlx_lm.sample_utils import make_sampler
 from tiny import make_checkpoint
 
-from mlx_flash import cli, footprint
+from mlx_flash import cli, cli_generate, footprint
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import BudgetError
@@ -27,6 +27,15 @@ PROMPT = "the brown fox and the other"
 LAYERS, ROWS = 8, 160
 FLASH = {"bytes_read", "requests", "read_seconds", "hits", "misses", "direct"}
 EXTRA_FLASH = {
+    "predictor",
+    "exact",
+    "measured",
+    "predicted",
+    "layer_calls",
+    "predict_seconds",
+    "manage_seconds",
+    "cached_rows",
+    "rows",
     "wait_seconds",
     "compute_seconds",
     "forwards",
@@ -287,7 +296,7 @@ def test_stdin_without_text(run, monkeypatch):
 
 
 def test_prompt_that_has_no_tokens(run, monkeypatch):
-    monkeypatch.setattr(cli, "_prompt_tokens", lambda _args, _tokenizer: [])
+    monkeypatch.setattr(cli_generate, "_prompt_tokens", lambda _args, _tokenizer: [])
     code, _, err = run("generate", "--prompt", "hello")
     assert code == 2
     assert "has no tokens" in err
@@ -429,13 +438,13 @@ def test_file_cut_while_in_use(model, source, run, tmp_path, monkeypatch, steady
     copy = convert(source, tmp_path / "copy")
     least, _ = budget(model, 16)
     rows = ModelDirectory(copy).rows
-    print_ = cli.print if hasattr(cli, "print") else print
+    print_ = print
 
     def cut(*args, **kwargs):
         os.truncate(rows.path, rows.layers[3].offset)
         print_(*args, **kwargs)
 
-    monkeypatch.setattr(cli, "print", cut, raising=False)
+    monkeypatch.setattr(cli_generate, "print", cut, raising=False)
     code, _, err = run(
         "generate", "--prompt", PROMPT, "--max-tokens", 16, "--ram", least, model=copy
     )

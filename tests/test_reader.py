@@ -899,3 +899,40 @@ def test_closing_while_another_thread_waits(tmp_path, monkeypatch, real_preadv):
     closer.join()
     waiter.join()
     assert told == [f"the reader of {file.path} is closed"]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+@pytest.mark.parametrize("name", ["staged", "scattered, short", "scattered, row padded"])
+@pytest.mark.parametrize("gap_bytes", [0, 1 << 20])
+def test_parts_that_are_not_wanted(tmp_path, name, wanted, direct, gap_bytes):
+    """The others are right; outer parts that are not wanted are not read where rows scatter."""
+    layout = LAYOUTS[name]
+    file, blocks = make(tmp_path / "rows", layout, ROWS)
+    rows = np.array([1, 3, 4, 9, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 39])
+    slots = np.random.default_rng(0).permutation(40)[: rows.size]
+    whole = slots_for(layout, 40)
+    out = [array if i in wanted else None for i, array in enumerate(whole)]
+    with closing(RowReader(file, direct=direct, gap_bytes=gap_bytes)) as reader:
+        reader.read(0, rows, slots, out)
+        read = reader.stats().bytes_read
+    for i, (part, extent, array) in enumerate(
+        zip(layout.parts, layout.extents, whole, strict=True)
+    ):
+        expected = blocks[0][rows, part.offset : part.offset + extent]
+        if i in wanted:
+            np.testing.assert_array_equal(array[slots], expected)
+        untouched = np.setdiff1d(np.arange(40), slots) if i in wanted else np.arange(40)
+        assert (array[untouched] == 0xAA).all()
+    outer = wanted[0] > 0 or wanted[-1] < 2
+    if gap_bytes == 0:
+        full = rows.size * layout.stride
+        assert (read < full) == (layout.scatters and outer)
+    else:
+        assert read <= 39 * layout.stride
+
+
+def test_no_part_is_wanted(tmp_path):
+    file, _ = make(tmp_path / "rows", LAYOUTS["staged"], ROWS)
+    with closing(RowReader(file)) as reader, pytest.raises(ValueError, match="no part"):
+        reader.read(0, np.arange(3), np.arange(3), [None] * 3)
