@@ -1,7 +1,8 @@
 """A checkpoint to convert: Hugging Face directories, hub names, and which file is a GGUF.
 
 A checkpoint has ``config``, ``shapes`` and ``dtypes`` by mlx-lm's weight names, a ``fingerprint``,
-``take(name)`` which reads one tensor, and ``write_tokenizer``. ``GGUFCheckpoint`` is the other one.
+``predictors`` that ship with it, ``take(name)`` which reads one tensor, and ``write_tokenizer``.
+``GGUFCheckpoint`` is the other one.
 
 Knows: files of a checkpoint, mlx-lm's ``sanitize``. Does not know: rows, where they go.
 """
@@ -24,6 +25,7 @@ from .architectures import get_classes
 from .directory import find_ffn, read_config
 from .errors import DamagedError, ModelError
 from .gguf_source import GGUFCheckpoint
+from .shipped import shipped
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "LICENSE*", "NOTICE*")
@@ -40,6 +42,7 @@ class Checkpoint(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, mx.Dtype]
     fingerprint: str
+    predictors: dict[str, mx.array]
 
     def take(self, name: str) -> mx.array:
         """One tensor, evaluated; each name once."""
@@ -108,7 +111,7 @@ class HFCheckpoint:
             self.fingerprint = _fingerprint(path, files)
         except OSError as error:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
-        self._weights = _load_lazily(path, self.config, files)
+        self._weights, self.predictors = _load_lazily(path, self.config, files)
         self.shapes = {name: tuple(w.shape) for name, w in self._weights.items()}
         self.dtypes = {name: self._target(name, w.dtype) for name, w in self._weights.items()}
         if dtype:
@@ -222,7 +225,10 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _load_lazily(path: Path, config: dict[str, Any], files: list[Path]) -> dict[str, mx.array]:
+def _load_lazily(
+    path: Path, config: dict[str, Any], files: list[Path]
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """Weights under mlx-lm's names, and the tensors of predictors under the checkpoint's."""
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
@@ -238,6 +244,7 @@ def _load_lazily(path: Path, config: dict[str, Any], files: list[Path]) -> dict[
             f"{path / 'config.json'} makes no {config['model_type']} model: "
             f"{type(error).__name__}: {error}"
         ) from error
+    predictors = shipped(weights)
     if not model.layers:
         raise ModelError(f"{path / 'config.json'} makes a model without layers")
     if hasattr(model, "sanitize"):
@@ -250,7 +257,7 @@ def _load_lazily(path: Path, config: dict[str, Any], files: list[Path]) -> dict[
             ) from error
     # Only now: sanitize may set the model up by what is there (gemma3 ties its head).
     _compare(path, dict(tree_flatten(model.parameters())), weights)
-    return weights
+    return weights, predictors
 
 
 def _compare(path: Path, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:

@@ -21,14 +21,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import utils
 
-from . import families, output
+from . import families, output, predictor_file
 from .architectures import get_classes
 from .cache import DTYPES, UNITS
 from .checkpoint import Checkpoint, open_checkpoint
 from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_ffn
 from .errors import ModelError
 from .families import Ffn, projections, weight_shapes
+from .predictor_file import Predictors
 from .rows import RowFileWriter, RowLayout, file_bytes, sha256_of
+from .shipped import fold
 
 BLOCK_BYTES = 16 << 20
 SHARD_BYTES = 5 * 10**9
@@ -104,7 +106,9 @@ class _Job:
         self.key = _digest([self.row_source, checkpoint.fingerprint, dtype])
         resident = sum(_sum_bytes(checkpoint, names) for names in self.shards.values())
         self.total_bytes = self.layout.stride * sum(self.rows) + resident
-        self.disk_bytes = file_bytes(self.layout, self.rows, self.row_source) + resident
+        predictors = sum(tensor.nbytes for tensor in checkpoint.predictors.values())
+        self.disk_bytes = file_bytes(self.layout, self.rows, self.row_source)
+        self.disk_bytes += resident + predictors
 
     def run(self, partial: Path, report: Callable[[int, str], Any]) -> None:
         """Write all that is not there yet; config.json comes last."""
@@ -124,7 +128,16 @@ class _Job:
             if file.name not in (ROW_FILE, output.MARKER):
                 output.sync(file)
                 files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        self._write_predictors(partial / predictor_file.NAME, fingerprint)
         self._write_config(partial / "config.json", fingerprint, files)
+
+    def _write_predictors(self, path: Path, fingerprint: str) -> None:
+        """Those that ship with the checkpoint; not among ``files``: they may be fitted anew."""
+        if tensors := self.checkpoint.predictors:
+            layers = fold(tensors, len(self.rows), self.dtype)
+            measured = {"source": "shipped with the checkpoint"}
+            predictor_file.write(path, Predictors("low-rank", fingerprint, layers, measured))
+            output.sync(path)
 
     def _write_config(self, path: Path, fingerprint: str, files: dict[str, Any]) -> None:
         flash = {

@@ -100,6 +100,7 @@ class GGUFCheckpoint:
         what = [self.path.name, stat.st_size, stat.st_mtime_ns, self._meta, infos]
         digest = hashlib.sha256(json.dumps(what).encode())
         self.fingerprint: str = digest.hexdigest()[:16]
+        self.predictors: dict[str, mx.array] = {}
 
     def take(self, name: str) -> mx.array:
         """The evaluated tensor in its output dtype; reads that tensor's bytes and no others."""

@@ -197,7 +197,7 @@ def test_unknown_family(source, tmp_path, capsys, model_type):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"hidden_act": "relu"}, "hidden_act of this llama model is 'relu', but mlx-lm computes"),
+        ({"hidden_act": "mish"}, "hidden_act of this llama model is 'mish'; expected one of relu"),
         ({"hidden_act": ["silu"]}, "hidden_act of this llama model is ['silu']"),
         ({"text_config": "none"}, "makes no sense"),
         ({"flash": {}}, "is a model directory already"),
