@@ -11,7 +11,8 @@ first (``policy``), what an FFN computes, models. The bookkeeping (``SlotTable``
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -159,8 +160,32 @@ class SlotTable:
         self.slot_of = np.full(self.rows, -1, np.int32)
         self.row_in = np.full(self.capacity, -1, np.int32)
 
+    def admit(self, active: np.ndarray, policy: Policy) -> np.ndarray:
+        """Tell the policy of a step, and ask which of its rows are to be in slots: a bool mask.
+
+        Those that are there already, and of the others those that rank above what would have to
+        leave for them. A row that is seldom needed passes by and takes nobody's place.
+
+        Raises CacheError when they are no such rows; nothing is changed then.
+        """
+        self._check(active)
+        policy.used(active)
+        inside = self.slot_of[active] >= 0
+        cached = self.row_in[: self.num_used]
+        staying = ~np.array(policy.expired(cached), bool)
+        staying[self.slot_of[active[inside]]] = False
+        missing = np.flatnonzero(~inside)
+        wanted = np.asarray(policy.rank(active[missing]))
+        order = np.argsort(-wanted, kind="stable")
+        room = self.capacity - int(inside.sum()) - int(staying.sum())
+        leaving = np.sort(np.asarray(policy.rank(cached[staying])))
+        rivals = wanted[order[room:]][: leaving.size]
+        better = int((rivals > leaving[: rivals.size]).sum())
+        inside[missing[order[: room + better]]] = True
+        return inside
+
     def update(self, active: np.ndarray, policy: Policy, told: bool = False) -> Update:
-        """Make room for the active rows (sorted, distinct) and enter them.
+        """Make room for the active rows (sorted, distinct) and enter them, all of them.
 
         Args:
             told: the policy knows already what this step uses.
@@ -168,12 +193,7 @@ class SlotTable:
         Raises CacheError when there are more active rows than slots, or when they are no such
         rows; nothing is changed then.
         """
-        if active.ndim != 1 or active.dtype.kind not in "iu":
-            raise CacheError(f"active rows must be ints, got {active.dtype} {active.shape}")
-        if active.size and not (
-            active[0] >= 0 and active[-1] < self.rows and bool((active[1:] > active[:-1]).all())
-        ):
-            raise CacheError(f"active rows must be sorted, distinct and below {self.rows}")
+        self._check(active)
         if active.size > self.capacity:
             raise CacheError(
                 f"{active.size} rows are active at once, the cache has {self.capacity} slots; "
@@ -191,6 +211,14 @@ class SlotTable:
         self.slot_of[missing] = slots
         self.row_in[slots] = missing
         return Update(missing, slots, move_from, move_to, int(active.size - missing.size))
+
+    def _check(self, active: np.ndarray) -> None:
+        if active.ndim != 1 or active.dtype.kind not in "iu":
+            raise CacheError(f"active rows must be ints, got {active.dtype} {active.shape}")
+        if active.size and not (
+            active[0] >= 0 and active[-1] < self.rows and bool((active[1:] > active[:-1]).all())
+        ):
+            raise CacheError(f"active rows must be sorted, distinct and below {self.rows}")
 
     def _evict(self, active: np.ndarray, wanted: int, policy: Policy) -> np.ndarray:
         """Free slots, in ascending order."""
@@ -225,7 +253,7 @@ class SlotTable:
 
 
 class RowCache:
-    """The rows of one layer that are in memory: ``fetch`` makes the active ones be among them.
+    """The rows of one layer that are in memory.
 
     Args:
         reader: reads the rows.
@@ -253,59 +281,72 @@ class RowCache:
         self.policy = policy or SlidingWindow(rows, window)
         self.hits = 0
         self.misses = 0
-        self.wait_seconds = 0.0  # for reads, within fetch
+        self.wait_seconds = 0.0
         self._reader = reader
         self._built_on: list[mx.array] = []
         self._index: mx.array | None = None
 
-    def fetch(self, active: np.ndarray) -> int:
-        """Bring the active rows (sorted, distinct) in; returns the length of the used prefix.
+    def fetch(self, active: np.ndarray) -> np.ndarray:
+        """Read active rows (sorted, distinct) into slots; returns a bool mask of those in slots.
 
         What was built on the slots (see ``built``) is evaluated before any of them changes.
-        Raises CacheError for more rows than slots, ReadError when the disk fails; after a
-        failed read the cache is empty.
+        Raises CacheError for what are no rows, ReadError when the disk fails; after a failed read
+        the cache is empty.
         """
-        self._carry_out(self.table.update(active, self.policy))
-        return self.table.num_used
+        inside, update = self._make_room(active)
+        with self.sound():
+            if update.load_rows.size:
+                began = time.perf_counter()
+                views = self.memory.views
+                self._reader.read(self.layer, update.load_rows, update.load_slots, views)
+                self.wait_seconds += time.perf_counter() - began
+        self.misses += int(update.load_rows.size)
+        return inside
 
-    def fetch_some(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``fetch`` for any number of rows; returns (those that are in slots, the others), sorted.
+    def claim(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Make room for active rows (sorted, distinct) that the caller reads itself.
 
-        Where there are more than slots, what is there already stays, then come the rows that the
-        policy would let go last.
+        Returns:
+            (slots of those that are here, -1 for the others; slots that the others are to be
+            copied to once they are read, -1 for those that pass by). Both int [n].
         """
-        capacity = self.table.capacity
-        if active.size <= capacity:
-            self.fetch(active)
-            return active, active[:0]
-        self.policy.used(active)
         here = self.table.slot_of[active] >= 0
-        missing = np.flatnonzero(~here)
-        order = np.argsort(-np.asarray(self.policy.rank(active[missing])), kind="stable")
-        here[missing[order[: capacity - int(here.sum())]]] = True
-        self._carry_out(self.table.update(active[here], self.policy, told=True))
-        return active[here], active[~here]
+        self._make_room(active)
+        slots = self.table.slot_of[active].astype(np.int64)
+        return np.where(here, slots, -1), np.where(here, -1, slots)
 
-    def _carry_out(self, update: Update) -> None:
+    def _make_room(self, active: np.ndarray) -> tuple[np.ndarray, Update]:
+        inside = self.table.admit(active, self.policy)
+        update = self.table.update(active[inside], self.policy, told=True)
         changes = update.load_rows.size or update.move_to.size
-        try:
+        with self.sound():
             if changes or len(self._built_on) > UNSETTLED:
                 mx.eval(self._built_on)
                 self._built_on.clear()
-            if changes:
-                self._index = None
-                views = self.memory.views
-                for view in views:
-                    if view is not None and update.move_to.size:
-                        view[update.move_to] = view[update.move_from]
-                began = time.perf_counter()
-                self._reader.read(self.layer, update.load_rows, update.load_slots, views)
-                self.wait_seconds += time.perf_counter() - began
-        except BaseException:
-            self._drop_all()
-            raise
+        if changes:
+            self._index = None
+        if update.move_to.size:
+            for view in self.memory.views:
+                if view is not None:
+                    view[update.move_to] = view[update.move_from]
         self.hits += update.hits
-        self.misses += int(update.load_rows.size)
+        return inside, update
+
+    @contextmanager
+    def sound(self) -> Iterator[None]:
+        """Whatever fails inside, the cache is empty after that: no slot can be trusted."""
+        try:
+            yield
+        except BaseException:
+            self.table = SlotTable(self.table.rows, self.table.capacity)
+            self._built_on.clear()
+            self._index = None
+            raise
+
+    @property
+    def is_window(self) -> bool:
+        """Whether the slots hold the rows of the last tokens and no others."""
+        return isinstance(self.policy, SlidingWindow)
 
     def built(self, *arrays: mx.array) -> None:
         """Say which lazy arrays still read the slots."""
@@ -324,9 +365,3 @@ class RowCache:
         if self._index is None or self._index.size != self.table.num_used:
             self._index = mx.array(self.rows())
         return self._index
-
-    def _drop_all(self) -> None:
-        """After a failure no slot can be trusted: begin empty."""
-        self.table = SlotTable(self.table.rows, self.table.capacity)
-        self._built_on.clear()
-        self._index = None

@@ -166,10 +166,11 @@ class Flash:
                 i: FlashMLP(self._found[i][1], ffn, i, self.stream) for i in self.plan.streamed
             }
         if self.plan.slots and self.selection:
-            self.rows = RowStream(self.reader, max(layers[i].rows for i in self.plan.slots))
+            parts = [part for part in ffn.parts if part != self.selection.provides]
+            most = max(layers[i].rows for i in self.plan.slots)
+            self.rows = RowStream(self.reader, most, parts)
             for i, slots in self.plan.slots.items():
                 predictor = self.selection.build(self.reader, i, self._found[i][1], ffn)
-                parts = [part for part in ffn.parts if part != predictor.provides]
                 self.caches[i] = RowCache(
                     self.reader, i, slots, policy=self._policies(layers[i].rows), parts=parts
                 )

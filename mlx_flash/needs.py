@@ -84,7 +84,7 @@ def sparse_needs(directory: ModelDirectory, selection: Selection) -> SparseNeeds
         slots=(slot_bytes(layout, parts),) * len(layers),
         rows=rows,
         demand=selection.demand,
-        buffers=2 * chunk_rows(layout.stride, max(rows)) * slot_bytes(layout),
+        buffers=2 * chunk_rows(layout.stride, max(rows)) * slot_bytes(layout, parts),
     )
 
 

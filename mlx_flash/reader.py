@@ -22,10 +22,12 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
-from typing import Self
+from itertools import chain
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -38,12 +40,10 @@ GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another re
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
 HUGE_PAGE = 2 << 20
-GROUPS = 4  # of requests for each thread
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One contiguous read: rows ``start`` to ``stop`` of a layer.
 
     ``first`` and ``last`` delimit, in the sorted list given to ``plan``, the wanted rows in it.
@@ -71,12 +71,19 @@ def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
         raise ValueError(f"rows must be an int array [n], got {rows.dtype} {rows.shape}")
     if rows[0] < 0 or bool((rows[1:] <= rows[:-1]).any()):
         raise ValueError("rows must be distinct, sorted and not negative")
-    requests: list[Request] = []
     breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
-    for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), rows.size], strict=True):
-        while first < last:
+    firsts, lasts = np.append(0, breaks), np.append(breaks, rows.size)
+    starts, stops = rows[firsts], rows[lasts - 1] + 1
+    found = zip(*(a.tolist() for a in (starts, stops, firsts, lasts)), strict=True)
+    requests: list[Request] = []
+    for run in map(Request._make, found):
+        if run.stop - run.start <= max_rows:
+            requests.append(run)
+            continue
+        first = run.first
+        while first < run.last:
             start = int(rows[first])
-            cut = first + int(np.searchsorted(rows[first:last], start + max_rows))
+            cut = first + int(np.searchsorted(rows[first : run.last], start + max_rows))
             requests.append(Request(start, int(rows[cut - 1]) + 1, first, cut))
             first = cut
     return requests
@@ -149,14 +156,16 @@ def _direct_read_works(fd: int, grain: int) -> bool:
 class PreparedRead:
     """Requests of one set of rows into one set of slots, ready to be issued again and again.
 
-    Of each row the bytes from ``first`` to ``last`` are read.
+    Of each row the bytes from ``first`` to ``last`` are read. ``pieces`` says where those go, piece
+    by piece: so many bytes each, into a part's memory (slot after slot) or, with None, nowhere.
     """
 
     rows: np.ndarray
     slots: np.ndarray
     out: Sequence[np.ndarray | None]
-    requests: list[Request]
-    iovecs: list[list[memoryview] | None]  # None for a request that is staged
+    pieces: list[tuple[memoryview | None, int]]
+    scattered: list[Request]
+    staged: list[Request]
     first: int
     last: int
 
@@ -187,12 +196,13 @@ class RowReader:
         self.layout = file.layout
         stride = self.layout.stride
         self.scatters = self.layout.scatters
+        self._extents = self.layout.extents
         self.max_rows = max(1, request_bytes // stride)
         self.gap = gap_bytes // stride
         self.threads = threads
         # Every offset, length and address that is read with is a multiple of this.
-        self._grain = math.gcd(PAGE, stride, *(self.layout.extents if self.scatters else ()))
-        self._sink = mmap.mmap(-1, _pages(stride))
+        self._grain = math.gcd(PAGE, stride, *(self._extents if self.scatters else ()))
+        self._sink = memoryview(mmap.mmap(-1, _pages(stride)))
         self._staging: queue.LifoQueue[np.ndarray] = queue.LifoQueue()
         for buffer in _staging_memory(self.bulk_threads, _pages(self.max_rows * stride)):
             self._staging.put(buffer)
@@ -246,7 +256,7 @@ class RowReader:
                 where the layout scatters it is not read, if it is the first or the last.
         """
         held = []
-        for part, extent, array in zip(self.layout.parts, self.layout.extents, out, strict=True):
+        for part, extent, array in zip(self.layout.parts, self._extents, out, strict=True):
             if array is None:
                 continue
             held.append(array)
@@ -265,21 +275,28 @@ class RowReader:
         if slots.shape != rows.shape or bool(((slots < 0) | (slots >= capacity)).any()):
             raise ValueError(f"slots for {rows.size} rows must be as many, from 0 to {capacity}")
         first, last = self._span(out)
-        flat = [None if array is None else memoryview(array.reshape(-1)) for array in out]
-        iovecs = [
-            self._iovec(request, rows, slots, flat, first, last)
-            if self.scatters and request.stop - request.start <= SCATTER_ROWS
-            else None
-            for request in requests
-        ]
-        return PreparedRead(rows, slots, out, requests, iovecs, first, last)
+        pieces: list[tuple[memoryview | None, int]] = []
+        offset = 0
+        for array, extent in zip(out, self._extents, strict=True):
+            if first <= offset < last:
+                flat = None if array is None else memoryview(array.reshape(-1))
+                pieces.append((flat, extent))
+            offset += extent
+        if last > offset:
+            pieces.append((None, last - offset))
+        scattered: list[Request] = []
+        staged: list[Request] = []
+        for request in requests:
+            few = self.scatters and request.stop - request.start <= SCATTER_ROWS
+            (scattered if few else staged).append(request)
+        return PreparedRead(rows, slots, out, pieces, scattered, staged, first, last)
 
     def _span(self, out: Sequence[np.ndarray | None]) -> tuple[int, int]:
         """From which to which byte of a row the wanted parts lie."""
         if not self.scatters:
             return 0, self.layout.stride
         wanted = [i for i, array in enumerate(out) if array is not None]
-        extents = self.layout.extents
+        extents = self._extents
         if wanted[-1] == len(out) - 1:  # padding behind the last part lets requests be joined
             return sum(extents[: wanted[0]]), self.layout.stride
         return sum(extents[: wanted[0]]), sum(extents[: wanted[-1] + 1])
@@ -289,17 +306,20 @@ class RowReader:
         extent = self.file.layers[layer]
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
-        scattered = [i for i, iovec in enumerate(read.iovecs) if iovec is not None]
-        staged = [i for i, iovec in enumerate(read.iovecs) if iovec is None]
-        # Handing a request to a thread costs as much as half a read of 16 KiB: many go together.
-        group = max(1, len(scattered) // (GROUPS * self.threads))
+        # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
+        # once, begins with a request of its own and goes on with what is left of the rest.
+        first, rest = read.scattered[: self.threads], iter(read.scattered[self.threads :])
         futures: list[Future[None]] = []
         try:
-            for i in staged:
-                futures.append(self._bulk.submit(self._run, layer, extent.offset, read, [i]))
-            for at in range(0, len(scattered), group):
-                indices = scattered[at : at + group]
-                futures.append(self._pool.submit(self._run, layer, extent.offset, read, indices))
+            for request in read.staged:
+                futures.append(
+                    self._bulk.submit(self._run, layer, extent.offset, read, [request], True)
+                )
+            for request in first:
+                requests = chain([request], rest)
+                futures.append(
+                    self._pool.submit(self._run, layer, extent.offset, read, requests, False)
+                )
         except BaseException:
             self.drop(futures)
             self._check_open()
@@ -346,56 +366,44 @@ class RowReader:
         if not self._open:
             raise ValueError(f"the reader of {self.file.path} is closed") from None
 
-    def _iovec(
-        self,
-        request: Request,
-        rows: np.ndarray,
-        slots: np.ndarray,
-        out: list[memoryview | None],
-        first: int,
-        last: int,
-    ) -> list[memoryview]:
-        """Where the bytes of a request go, in the order of the file; ``out`` is flat."""
-        stride, extents = self.layout.stride, self.layout.extents
-        sink = memoryview(self._sink)
-        pieces: list[memoryview] = []
-        behind = 0  # bytes of the row before that are still to be passed over
+    def _iovec(self, read: PreparedRead, request: Request) -> list[memoryview]:
+        """Where the bytes of a request go, in the order of the file."""
+        stride, sink = self.layout.stride, self._sink
+        found: list[memoryview] = []
         at = request.start
-        for row, slot in zip(
-            rows[request.first : request.last].tolist(),
-            slots[request.first : request.last].tolist(),
-            strict=True,
-        ):
-            if pieces and behind + first:
-                pieces.append(sink[: behind + first])
-            pieces.extend(sink[:stride] for _ in range(row - at))
-            offset = 0
-            for memory, extent in zip(out, extents, strict=True):
-                if first <= offset < last:
-                    inside = sink[:extent] if memory is None else memory[slot * extent :][:extent]
-                    pieces.append(inside)
-                offset += extent
-            if last > offset:
-                pieces.append(sink[: last - offset])
-            behind = stride - last
-            at = row + 1
-        return pieces
+        for i in range(request.first, request.last):
+            if found:
+                if between := stride - (read.last - read.first):
+                    found.append(sink[:between])
+                found += [sink[:stride]] * (int(read.rows[i]) - at)
+            slot = int(read.slots[i])
+            for memory, nbytes in read.pieces:
+                begin = slot * nbytes
+                found.append(sink[:nbytes] if memory is None else memory[begin : begin + nbytes])
+            at = int(read.rows[i]) + 1
+        return found
 
-    def _run(self, layer: int, base: int, read: PreparedRead, indices: list[int]) -> None:
-        stride = self.layout.stride
-        for index in indices:
-            self._check_open()
-            request = read.requests[index]
-            offset = base + request.start * stride + read.first
-            nbytes = (request.stop - request.start - 1) * stride + read.last - read.first
-            self._enter()
-            try:
-                if (iovec := read.iovecs[index]) is not None:
-                    self._preadv(iovec, offset, nbytes, layer)
-                else:
+    def _run(
+        self, layer: int, base: int, read: PreparedRead, requests: Iterable[Request], staged: bool
+    ) -> None:
+        """Carry requests out, one after the other; several threads may share what gives them."""
+        stride, count, total = self.layout.stride, 0, 0
+        self._enter()
+        try:
+            for request in requests:
+                self._check_open()
+                offset = base + request.start * stride + read.first
+                nbytes = (request.stop - request.start - 1) * stride + read.last - read.first
+                count, total = count + 1, total + nbytes
+                if staged:
                     self._read_staged(layer, read, request, offset, nbytes)
-            finally:
-                self._leave(nbytes)
+                else:
+                    self._preadv(self._iovec(read, request), offset, nbytes, layer)
+        except BaseException:
+            deque(requests, maxlen=0)  # nobody goes on with the rest
+            raise
+        finally:
+            self._leave(count, total)
 
     def _read_staged(
         self, layer: int, read: PreparedRead, request: Request, offset: int, nbytes: int
@@ -409,9 +417,7 @@ class RowReader:
             wanted = read.rows[request.first : request.last] - request.start
             slots = read.slots[request.first : request.last]
             source, target = _as_slice(wanted), _as_slice(slots)
-            for part, extent, array in zip(
-                self.layout.parts, self.layout.extents, read.out, strict=True
-            ):
+            for part, extent, array in zip(self.layout.parts, self._extents, read.out, strict=True):
                 if array is not None:
                     array[target] = block[source, part.offset : part.offset + extent]
         finally:
@@ -450,10 +456,10 @@ class RowReader:
                 self._since = time.perf_counter()
             self._under_way += 1
 
-    def _leave(self, nbytes: int) -> None:
+    def _leave(self, requests: int, nbytes: int) -> None:
         with self._lock:
             self._under_way -= 1
-            self._stats.requests += 1
+            self._stats.requests += requests
             self._stats.bytes_read += nbytes
             if self._under_way == 0:
                 self._stats.read_seconds += time.perf_counter() - self._since

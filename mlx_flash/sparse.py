@@ -1,9 +1,10 @@
 """An FFN of which only the rows that fire are read: predict, fetch what is missing, compute.
 
 The method of LLM in a flash (section 3). For a few tokens at a time the union of their rows is
-brought into the layer's slots; more of them than there are slots are read through a pair of shared
-buffers and added up. A long prompt wants nearly every row, so it is computed from all of them,
-streamed through the same buffers: dense, whatever the predictor would have said.
+gathered in a buffer, in ascending order: those that the layer's slots hold are copied, the others
+read. Rows that are worth it are then copied into slots; the rest pass by. A long prompt wants
+nearly every row, so it is computed from all of them, streamed through the same buffers: dense,
+whatever the predictor would have said.
 
 Knows: one layer's predictor, its cache, mlx-lm's FFN module after ``use_rows``. Does not know:
 families beyond ``Ffn``, budgets, how predictors come about.
@@ -11,9 +12,11 @@ families beyond ``Ffn``, budgets, how predictors come about.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -24,13 +27,12 @@ from .cache import RowCache, SlotMemory
 from .errors import FlashError
 from .families import Ffn
 from .ffn import bind_some
-from .predictor import Predictor, ResidentPart
+from .predictor import Prediction, Predictor, ResidentPart
 from .reader import RowReader
 
 LONG_PROMPT = 64  # tokens from which on nobody is asked which rows they need
 STREAM_SHARE = 0.5  # of the rows; when several tokens need more, all are streamed
-PREFIX_SHARE = 2  # up to so many cached rows for each active one, all cached ones are computed
-CHUNK_BYTES = 8 << 20  # of each of the two buffers, at most
+CHUNK_BYTES = 64 << 20  # of each of the two buffers, at most
 CHUNK_SHARE = 4  # and one row in so many
 
 
@@ -39,53 +41,109 @@ def chunk_rows(stride: int, rows: int) -> int:
     return max(1, min(-(-rows // CHUNK_SHARE), CHUNK_BYTES // stride))
 
 
-class RowStream:
-    """Any rows of any layer in order, through two buffers, one read while the other is computed."""
+@dataclass
+class _Piece:
+    """Some of the rows wanted, in ascending order, on their way into a buffer."""
 
-    def __init__(self, reader: RowReader, rows: int) -> None:
+    rows: np.ndarray
+    here: np.ndarray  # slots, -1 for what has to be read
+    keep: np.ndarray  # slots to copy to, -1 for what passes by
+    reads: list[Future[None]] = field(default_factory=list)
+
+
+class RowStream:
+    """Rows of any layer in ascending order, from slots and from flash, through two buffers.
+
+    While one buffer is computed from, the other is filled. The order is the dense model's, so where
+    the rows fit one buffer their sum is the dense one's to the bit. All layers share the buffers.
+
+    Args:
+        reader: reads the rows.
+        rows: of the largest layer.
+        parts: of a row, those that are needed; None for all.
+    """
+
+    def __init__(self, reader: RowReader, rows: int, parts: Sequence[str] | None = None) -> None:
         self.capacity = chunk_rows(reader.layout.stride, rows)
         self.wait_seconds = 0.0
         self.rows_read = 0
         self._reader = reader
-        self._buffers = [SlotMemory(reader.layout, self.capacity) for _ in range(2)]
+        self._buffers = [SlotMemory(reader.layout, self.capacity, parts=parts) for _ in range(2)]
+        self._built_on: list[list[mx.array]] = [[], []]
+        self._turn = 0
 
     def pieces(
-        self, layer: int, rows: np.ndarray, skip: str | None
+        self, layer: int, rows: np.ndarray, cache: RowCache | None
     ) -> Iterator[tuple[np.ndarray, dict[str, mx.array]]]:
         """(row numbers, part -> [n, width]) piece by piece.
 
-        What is computed from a piece must have been evaluated when the next but one is asked for.
-
         Args:
-            skip: a part that is not needed.
+            rows: int [n], sorted.
+            cache: the layer's slots, which the rows are taken from where they are there, and where
+                they are kept; None to read all and keep none.
         """
-        reader = self._reader
-        pieces = [rows[at : at + self.capacity] for at in range(0, rows.size, self.capacity)]
-        views = [
-            [
-                None if part.name == skip else view
-                for part, view in zip(reader.layout.parts, buffer.views, strict=True)
-            ]
-            for buffer in self._buffers
+        if cache:
+            here, keep = cache.claim(rows)
+        else:
+            here = keep = np.full(rows.size, -1)
+        size = self.capacity
+        todo = [
+            _Piece(*(array[at : at + size] for array in (rows, here, keep)))
+            for at in range(0, rows.size, size)
         ]
+        ready = cache.sound() if cache else contextlib.nullcontext()
+        with ready:
+            try:
+                for i, piece in enumerate(todo):
+                    if i == 0:
+                        self._start(layer, piece, cache)
+                    buffer = self._buffers[self._turn]
+                    began = time.perf_counter()
+                    self._reader.wait(piece.reads)
+                    self.wait_seconds += time.perf_counter() - began
+                    if cache:
+                        _keep(piece, buffer, cache)
+                    turn = self._turn
+                    self._turn = 1 - turn
+                    if i + 1 < len(todo):
+                        self._start(layer, todo[i + 1], cache)
+                    self._handed_out = turn
+                    count = piece.rows.size
+                    yield piece.rows, {n: a[:count] for n, a in buffer.arrays.items()}
+            finally:
+                self._reader.drop([read for piece in todo for read in piece.reads])
 
-        def start(i: int) -> list[Any]:
-            piece = pieces[i]
-            slots = np.arange(piece.size)
-            return reader.submit(layer, reader.prepare(piece, slots, views[i % 2]))
+    def built(self, result: mx.array) -> None:
+        """Say which lazy array reads the piece handed out last; it is set going."""
+        mx.async_eval(result)
+        self._built_on[self._handed_out].append(result)
 
-        under_way = start(0) if pieces else []
-        try:
-            for i, piece in enumerate(pieces):
-                began = time.perf_counter()
-                reader.wait(under_way)
-                self.wait_seconds += time.perf_counter() - began
-                self.rows_read += piece.size
-                under_way = start(i + 1) if i + 1 < len(pieces) else []
-                arrays = self._buffers[i % 2].arrays
-                yield piece, {name: a[: piece.size] for name, a in arrays.items() if name != skip}
-        finally:
-            reader.drop(under_way)
+    def _start(self, layer: int, piece: _Piece, cache: RowCache | None) -> None:
+        """Fill the buffer whose turn it is: copy what is in slots, begin to read the rest."""
+        buffer = self._buffers[self._turn]
+        mx.eval(self._built_on[self._turn])
+        self._built_on[self._turn].clear()
+        missing = np.flatnonzero(piece.here < 0)
+        if cache and missing.size < piece.rows.size:
+            for source, target in zip(cache.memory.views, buffer.views, strict=True):
+                if source is not None and target is not None:
+                    # What is missing is copied from slot 0 and read over: cheaper than two passes.
+                    count = piece.rows.size
+                    np.take(source, piece.here, axis=0, out=target[:count], mode="clip")
+        if missing.size:
+            prepared = self._reader.prepare(piece.rows[missing], missing, buffer.views)
+            piece.reads = self._reader.submit(layer, prepared)
+            self.rows_read += missing.size
+
+
+def _keep(piece: _Piece, buffer: SlotMemory, cache: RowCache) -> None:
+    """Copy what was read and has a slot into it."""
+    kept = np.flatnonzero(piece.keep >= 0)
+    if not kept.size:
+        return
+    for source, target in zip(buffer.views, cache.memory.views, strict=True):
+        if source is not None and target is not None:
+            target[piece.keep[kept]] = source[kept]
 
 
 @dataclass
@@ -129,6 +187,9 @@ class SparseMLP(nn.Module):
         self._ffn = ffn
         self._predictor = predictor
         self._cache = cache
+        # LLM in a flash, section 3.3: over all that is in slots, without a copy. A row that was not
+        # predicted and fires all the same is simply right.
+        self._on_prefix = not predictor.exact and not predictor.provides and cache.is_window
         self._stream = stream
         self._stats = stats
 
@@ -145,73 +206,66 @@ class SparseMLP(nn.Module):
         self._stats.layer_calls += 1
         if tokens > 1 and prediction.rows.size > STREAM_SHARE * rows:
             return self._dense(x, hidden, args, kwargs)
-        began, waited = time.perf_counter(), self._cache.wait_seconds
-        inside, outside = self._cache.fetch_some(prediction.rows)
-        waited = self._cache.wait_seconds - waited
+        return self._compute(x, prediction, args, kwargs)
+
+    def _compute(self, x: mx.array, prediction: Prediction, args: Any, kwargs: Any) -> mx.array:
+        """The FFN over the predicted rows."""
+        provides = self._predictor.provides
         known = None
-        if prediction.values is not None and self._predictor.provides:
-            known = (self._predictor.provides, prediction.values)
-        if outside.size or not inside.size:
-            return self._add_up(x, outside, inside, known, args, kwargs)
-        arrays, index = self._slots(inside)
-        bind_some(self.mlp, self._ffn, arrays, index, known)
+        if prediction.values is not None and provides:
+            known = (provides, prediction.values)
+        cache = self._cache
+        if not self._on_prefix or prediction.rows.size > cache.table.capacity:
+            return self._add_up(x, prediction.rows, known, cache, args, kwargs)
+        began, waited = time.perf_counter(), cache.wait_seconds
+        cache.fetch(prediction.rows)
+        arrays = {name: cache.part(name) for name in cache.memory.arrays}
+        bind_some(self.mlp, self._ffn, arrays, cache.index(), known)
+        waited = cache.wait_seconds - waited
         self._stats.manage_seconds += time.perf_counter() - began - waited
         y = self.mlp(x, *args, **kwargs)
-        self._cache.built(y)
+        cache.built(y)
         return y
-
-    def _slots(self, active: np.ndarray, exactly: bool = False) -> tuple[dict[str, mx.array], Any]:
-        """(part -> [n, width], row numbers) of the active rows, or of all that are cached.
-
-        All of them cost no copy and are right, too: a row that was not predicted and fires all the
-        same (LLM in a flash, section 3.3).
-        """
-        table, memory = self._cache.table, self._cache.memory
-        if not exactly and table.num_used <= PREFIX_SHARE * active.size:
-            return {n: self._cache.part(n) for n in memory.arrays}, self._cache.index()
-        slots = mx.array(table.slot_of[active])
-        gathered = {name: mx.take(array, slots, axis=0) for name, array in memory.arrays.items()}
-        return gathered, mx.array(active.astype(np.int32))
 
     def _dense(self, x: mx.array, hidden: mx.array, args: Any, kwargs: Any) -> mx.array:
         """The FFN over every row, all of them streamed."""
-        known = None
+        known, rows = None, np.arange(self._cache.table.rows)
         if isinstance(self._predictor, ResidentPart):
             known = (self._predictor.provides, self._predictor.values(hidden))
-        return self._add_up(x, np.arange(self._cache.table.rows), None, known, args, kwargs)
+        return self._add_up(x, rows, known, None, args, kwargs)
 
     def _add_up(
         self,
         x: mx.array,
-        streamed: np.ndarray,
-        cached: np.ndarray | None,
+        rows: np.ndarray,
         known: tuple[str, mx.array] | None,
+        cache: RowCache | None,
         args: Any,
         kwargs: Any,
     ) -> mx.array:
-        """The FFN over rows that are in slots and rows that are streamed; summed in float32."""
+        """The FFN over rows that are streamed; of more than one piece summed in float32."""
+        stream = self._stream
+        many = not 0 < rows.size <= stream.capacity
         total: mx.array | None = None
-
-        def add(arrays: dict[str, mx.array], index: mx.array) -> None:
-            nonlocal total
-            bind_some(self.mlp, self._ffn, arrays, index, known, partial=True)
+        began, waited = time.perf_counter(), stream.wait_seconds
+        for piece, arrays in stream.pieces(self.layer, rows, cache):
+            index = mx.array(piece.astype(np.int32))
+            bind_some(self.mlp, self._ffn, arrays, index, known, partial=many)
             y = self.mlp(x, *args, **kwargs)
-            if y.dtype != mx.float32:
+            if many and y.dtype != mx.float32:
                 raise FlashError(
                     f"layer {self.layer}: the FFN of this family does more with its output than "
                     "can be added up; load the model with predictor='none'"
                 )
             total = y if total is None else total + y
-
-        if cached is not None and cached.size:
-            add(*self._slots(cached, exactly=True))
-        skip = known[0] if known else None
-        for piece, arrays in self._stream.pieces(self.layer, streamed, skip):
-            add(arrays, mx.array(piece.astype(np.int32)))
-            mx.eval(total)
+            stream.built(total)
+        if not many and cache:
+            waited = stream.wait_seconds - waited
+            self._stats.manage_seconds += time.perf_counter() - began - waited
         if total is None:
             total = mx.zeros(x.shape, mx.float32)
-        self._cache.built(total)
+        if not many:
+            return total
         down = self.mlp[self._ffn.down]
         if "bias" in down:
             total = total + down.bias.astype(mx.float32)

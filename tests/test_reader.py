@@ -736,7 +736,7 @@ def test_requests_that_cannot_be_queued(tmp_path, monkeypatch, real_preadv, kind
         under_way.remove(offset)
         return got
 
-    with closing(RowReader(file, threads=1, gap_bytes=0)) as reader:
+    with closing(RowReader(file, threads=3, gap_bytes=0)) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
         for name, pool in pools_of(reader).items():
             monkeypatch.setattr(reader, name, SmallPool(pool, keep=2))
