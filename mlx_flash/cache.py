@@ -163,25 +163,19 @@ class SlotTable:
     def admit(self, active: np.ndarray, policy: Policy) -> np.ndarray:
         """Tell the policy of a step, and ask which of its rows are to be in slots: a bool mask.
 
-        Those that are there already, and of the others those that rank above what would have to
-        leave for them. A row that is seldom needed passes by and takes nobody's place.
+        All of them, unless there are more than slots: then those that are there already, and of
+        the others those that the policy would let go last. The rest pass by.
 
         Raises CacheError when they are no such rows; nothing is changed then.
         """
         self._check(active)
         policy.used(active)
+        if active.size <= self.capacity:
+            return np.ones(active.size, bool)
         inside = self.slot_of[active] >= 0
-        cached = self.row_in[: self.num_used]
-        staying = ~np.array(policy.expired(cached), bool)
-        staying[self.slot_of[active[inside]]] = False
         missing = np.flatnonzero(~inside)
-        wanted = np.asarray(policy.rank(active[missing]))
-        order = np.argsort(-wanted, kind="stable")
-        room = self.capacity - int(inside.sum()) - int(staying.sum())
-        leaving = np.sort(np.asarray(policy.rank(cached[staying])))
-        rivals = wanted[order[room:]][: leaving.size]
-        better = int((rivals > leaving[: rivals.size]).sum())
-        inside[missing[order[: room + better]]] = True
+        order = np.argsort(-np.asarray(policy.rank(active[missing])), kind="stable")
+        inside[missing[order[: self.capacity - int(inside.sum())]]] = True
         return inside
 
     def update(self, active: np.ndarray, policy: Policy, told: bool = False) -> Update:

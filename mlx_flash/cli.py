@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_generate
+from . import __version__, cli_calibrate, cli_generate
 from .errors import DamagedError, FlashError, UsageError
 
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="hash a model directory again")
     verify.add_argument("--model", required=True, help="model directory")
     verify.set_defaults(run=run_verify)
+    cli_calibrate.add(commands)
     return parser
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from .errors import CacheError
 
 DEFAULT_WINDOW = 4  # tokens, as in the paper
-HALF_LIFE = 64.0  # steps; 64 to 128 did best on traces of trained models (benchmarks/policies.py)
+HALF_LIFE = 128.0  # steps; did best on traces of trained models (benchmarks/policies.py)
 
 
 class Policy(Protocol):
@@ -107,7 +107,7 @@ class LFU:
 class Belady:
     """The rows that are needed again last leave first; ``trace`` holds every step to come.
 
-    The optimum where every active row takes a slot. Where rows may pass by it comes close.
+    The optimum where every active row takes a slot.
     """
 
     def __init__(self, rows: int, trace: Sequence[np.ndarray]) -> None:

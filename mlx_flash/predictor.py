@@ -144,7 +144,10 @@ class LowRank:
 class ResidentPart:
     """The gate, or up of an ungated FFN, computed in full from memory.
 
-    A row is needed where ``abs(activation(value)) * scale > threshold``.
+    A row is needed where ``abs(activation(value)) * scale * other > threshold``; ``other`` is 1, or
+    an estimate of the size of what the activation is multiplied by (up's output), from a low-rank
+    copy of up and the variance that this copy leaves unexplained:
+    ``sqrt((x @ first.T @ second.T)^2 + floor)``.
 
     Args:
         part: "gate" or "up".
@@ -154,7 +157,8 @@ class ResidentPart:
         zeros: whether the activation is zero for a good part of its inputs (the ReLU kinds).
         threshold: not negative. Above zero the predictor is lossy.
         scale: [rows] or None for ones: how much a row adds to the output per unit of activation,
-            on average.
+            on average; with an estimate, per unit of activation times estimate.
+        estimate: (first [rank, d_model], second [rows, rank], floor [rows]) or None.
     """
 
     def __init__(
@@ -166,15 +170,17 @@ class ResidentPart:
         zeros: bool,
         threshold: float = 0.0,
         scale: mx.array | None = None,
+        estimate: tuple[mx.array, mx.array, mx.array] | None = None,
     ) -> None:
         if threshold < 0 or not math.isfinite(threshold):
             raise PredictorError(f"an activation's threshold is not negative: {threshold}")
         self.kind = "threshold" if threshold > 0 or not zeros else part
         self.exact = threshold == 0
         self.provides = part
-        self.weight, self.bias, self.scale = weight, bias, scale
+        self.weight, self.bias, self.scale, self.estimate = weight, bias, scale, estimate
         self.threshold = threshold
-        self.nbytes = sum(a.nbytes for a in (weight, bias, scale) if a is not None)
+        held = (weight, bias, scale, *(estimate or ()))
+        self.nbytes = sum(a.nbytes for a in held if a is not None)
         self._activation = activation
 
     def values(self, x: mx.array) -> mx.array:
@@ -183,15 +189,26 @@ class ResidentPart:
             return x @ self.weight.T
         return mx.addmm(self.bias, x, self.weight.T)
 
-    def scores(self, values: mx.array) -> mx.array:
-        """What is held against the threshold, [..., rows]."""
-        scores = mx.abs(self._activation(values))
-        return scores if self.scale is None else scores * self.scale
-
     def __call__(self, x: mx.array) -> Prediction:
         values = self.values(x)
-        mask = self.scores(values) > self.threshold
+        activation = self._activation(values)
+        mask = importance(activation, x, self.scale, self.estimate) > self.threshold
         if self.threshold > 0:
             values = mx.where(mask, values, mx.zeros_like(values))
         mx.async_eval(values)
         return Prediction(union(mask), values)
+
+
+def importance(
+    activation: mx.array,
+    x: mx.array,
+    scale: mx.array | None = None,
+    estimate: tuple[mx.array, mx.array, mx.array] | None = None,
+) -> mx.array:
+    """What ``ResidentPart`` holds against its threshold, [..., rows]; see there."""
+    scores = mx.abs(activation)
+    if estimate:
+        first, second, floor = estimate
+        guess = (x.astype(first.dtype) @ first.T) @ second.T
+        scores = scores * mx.sqrt(mx.square(guess.astype(mx.float32)) + floor)
+    return scores if scale is None else scores * scale

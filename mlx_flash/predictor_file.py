@@ -1,9 +1,9 @@
 """``predictors.safetensors``: the predictors that ``calibrate`` fitted to one model directory.
 
 A plain safetensors file. Tensors ``layers.{i}.first``, ``.second``, ``.bias`` of a low-rank
-predictor, ``layers.{i}.scale`` of a threshold; the metadata name the row file they belong to, each
-layer's settings and what was measured. The file is whole or not there: it is written beside and
-renamed, and nothing else in the directory changes with it.
+predictor, ``layers.{i}.scale``, ``.first``, ``.second``, ``.floor`` of a threshold; the metadata
+name the row file they belong to, each layer's settings and what was measured. The file is whole or
+not there: it is written beside and renamed, and nothing else in the directory changes with it.
 
 Knows: names, shapes, hashes. Does not know: how predictors are fitted or used.
 """
@@ -30,7 +30,12 @@ NAME = "predictors.safetensors"
 FORMAT = "mlx_flash.predictors"
 FORMAT_VERSION = 1
 KINDS = ("low-rank", "threshold")
-TENSORS = {"low-rank": ("first", "second", "bias"), "threshold": ("scale",), "none": ()}
+ESTIMATE = ("first", "second", "floor")
+TENSORS = {
+    "low-rank": ("first", "second", "bias"),
+    "threshold": ("scale", *ESTIMATE),
+    "none": (),
+}
 NEEDED = {"low-rank": ("first", "second"), "threshold": (), "none": ()}
 
 
@@ -42,7 +47,8 @@ class LayerPredictor:
         kind: low-rank, threshold, or none for a layer that is better read whole.
         threshold: of the sigmoid (low-rank), or of the activation (threshold).
         nonlinearity: between the matrices of a low-rank one.
-        tensors: first [rank, d_model], second [rows, rank], bias [rows]; or scale [rows].
+        tensors: first [rank, d_model], second [rows, rank], bias [rows]; of a threshold scale
+            [rows], and all or none of first, second and floor [rows], see ``ResidentPart``.
         demand: rows that this many tokens in a row used on average in calibration, by number of
             tokens as text; what a cache for them would hold.
     """
@@ -57,6 +63,13 @@ class LayerPredictor:
     def rank(self) -> int | None:
         """Width between the two matrices of a low-rank one."""
         return self.tensors["first"].shape[0] if "first" in self.tensors else None
+
+    @property
+    def estimate(self) -> tuple[mx.array, mx.array, mx.array] | None:
+        """What a threshold knows of up's output, see ``ResidentPart``."""
+        if self.kind != "threshold" or "floor" not in self.tensors:
+            return None
+        return self.tensors["first"], self.tensors["second"], self.tensors["floor"]
 
     @property
     def nbytes(self) -> int:
@@ -194,10 +207,14 @@ def _check(path: Path, index: int, layer: LayerPredictor, rows: int, d_model: in
             f"{path}, layer {index}: unknown kind {layer.kind!r} or nonlinearity "
             f"{layer.nonlinearity!r}; update mlx_flash or calibrate again"
         )
-    if missing := [name for name in NEEDED[layer.kind] if name not in layer.tensors]:
+    needed = NEEDED[layer.kind]
+    if layer.kind == "threshold" and set(ESTIMATE) & layer.tensors.keys():
+        needed = ESTIMATE
+    if missing := [name for name in needed if name not in layer.tensors]:
         raise DamagedError(f"{path}, layer {index}: no {', '.join(missing)}; calibrate again")
     rank = layer.rank or 0
-    expected = {"first": (rank, d_model), "second": (rows, rank), "bias": (rows,), "scale": (rows,)}
+    expected = dict.fromkeys(("bias", "scale", "floor"), (rows,))
+    expected |= {"first": (rank, d_model), "second": (rows, rank)}
     for name, tensor in layer.tensors.items():
         if tensor.shape != expected[name]:
             raise PredictorError(

@@ -64,6 +64,8 @@ class Selection:
             return LowRank(
                 tensors["first"], tensors["second"], bias, trained.threshold, trained.nonlinearity
             )
+        if trained:
+            mx.eval(list(trained.tensors.values()))
         part = self.provides or ""
         module = mlp[projections(ffn)[part]]
         bias = module.bias if "bias" in module else None
@@ -77,6 +79,7 @@ class Selection:
             has_zeros(ffn),
             trained.threshold if trained else 0.0,
             trained.tensors.get("scale") if trained else None,
+            trained.estimate if trained else None,
         )
 
 

@@ -39,7 +39,8 @@ def make(kind, dtype=mx.float32):
     if kind == "up":
         return ResidentPart("up", w["weight"], w["bias"], nn.relu2, True)
     scale = w["scale"] if "scale" in kind else None
-    return ResidentPart("gate", w["weight"], None, nn.silu, False, 1.5, scale)
+    estimate = (w["first"], w["second"], w["scale"]) if "estimate" in kind else None
+    return ResidentPart("gate", w["weight"], None, nn.silu, False, 1.5, scale, estimate)
 
 
 KINDS = [
@@ -51,6 +52,7 @@ KINDS = [
     "up",
     "threshold",
     "threshold scale",
+    "threshold scale estimate",
 ]
 
 
@@ -70,7 +72,10 @@ def expected(kind, x):
         return gate > 0
     if kind == "up":
         return gate + w["bias"] > 0
-    return np.abs(gate / (1 + np.exp(-gate))) * (w["scale"] if "scale" in kind else 1) > 1.5
+    score = np.abs(gate / (1 + np.exp(-gate))) * (w["scale"] if "scale" in kind else 1)
+    if "estimate" in kind:
+        score = score * np.sqrt((w["second"] @ (w["first"] @ x)) ** 2 + w["scale"])
+    return score > 1.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,6 +167,19 @@ def test_file_round_trip(tmp_path):
     assert found.nbytes == 4 * (RANK * WIDTH + ROWS * RANK + ROWS)
     predictor_file.verify(path)
     assert [f.name for f in tmp_path.iterdir()] == [path.name]
+
+
+def test_thresholds_with_an_estimate(tmp_path):
+    path, w = tmp_path / predictor_file.NAME, weights()
+    tensors = {"scale": w["scale"], "first": w["first"], "second": w["second"], "floor": w["scale"]}
+    layer = LayerPredictor("threshold", 0.25, tensors=tensors)
+    predictor_file.write(path, Predictors("threshold", "a", [layer]))
+    found = predictor_file.read(path, "a", [ROWS], WIDTH).layers[0]
+    assert found.rank == RANK and mx.array_equal(found.estimate[1], w["second"])
+    del tensors["floor"]
+    predictor_file.write(path, Predictors("threshold", "a", [layer]))
+    with pytest.raises(DamagedError, match="layer 0: no floor"):
+        predictor_file.read(path, "a", [ROWS], WIDTH)
 
 
 def test_thresholds_need_no_tensors(tmp_path):

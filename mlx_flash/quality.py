@@ -1,0 +1,161 @@
+"""Thresholds by what they cost the model: perplexity with only the predicted rows, against dense.
+
+The validation text decides, so that what is reported of the held-out text was chosen without it.
+
+Knows: a loaded model whose FFNs are watched, layers that can be settled at a target. Does not know:
+how they were fitted. LLM in a flash, section 4, has the quality of whole tasks; this is in small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import evaluate
+from .calibration_settings import Settings
+from .calibration_text import CalibrationText
+from .families import Ffn
+from .layer_fit import Fitted, LowRankLayers, Mask, ThresholdLayers, mask_of
+from .predictor_file import LayerPredictor
+
+ROUNDS = 4
+Progress = Callable[[str, int, int], Any]
+Settled = list[tuple[LayerPredictor, dict[str, Any]]]
+
+
+@dataclass
+class Checked:
+    """What came out.
+
+    Args:
+        layers: each layer's predictor and its figures.
+        perplexities: held_out and validation, dense and predicted; other scores at the same
+            sparsity.
+        rounds: what was tried on the validation text.
+    """
+
+    layers: Settled
+    perplexities: dict[str, Any] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Quality:
+    """Measures one model, and chooses.
+
+    Args:
+        model: loaded, exact; its FFNs are watched from now on.
+        ffn: of its family.
+        text: sequences.
+        chunk: tokens whose logits are computed at once.
+        dense: perplexity of each part of the text.
+        progress: called as (stage, done, total).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ffn: Ffn,
+        text: CalibrationText,
+        chunk: int,
+        dense: dict[str, float],
+        progress: Progress,
+    ) -> None:
+        self._model, self._ffn, self._text, self._chunk = model, ffn, text, chunk
+        self._dense, self._progress = dense, progress
+        self._masks: list[Mask | None] = []
+        evaluate.watch(model, ffn, self._masked)
+
+    def _masked(self, seen: evaluate.Seen) -> mx.array:
+        mask = self._masks[seen.layer]
+        return seen.h if mask is None else mx.where(mask(seen), seen.h, 0)
+
+    def measure(self, part: str, masks: list[Mask | None]) -> float:
+        """Perplexity on a part of the text with the rows that masks do not name left out."""
+        self._masks = masks
+        sequences, done = self._text.parts()[part], 0
+        stage = f"checking {part.replace('_', ' ')}"
+        self._progress(stage, 0, sequences.size)
+
+        def told(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            self._progress(stage, done, sequences.size)
+
+        return evaluate.perplexity(self._model, sequences, self._chunk, told)
+
+    def _predicted(self, part: str, layers: Settled) -> dict[str, float]:
+        found = self.measure(part, [mask_of(layer, self._ffn) for layer, _ in layers])
+        dense = self._dense[part]
+        return {"dense": dense, "predicted": found, "loss": found / dense - 1}
+
+    def tighten(self, layers: LowRankLayers, fitted: list[Fitted], settings: Settings) -> Checked:
+        """While the loss is too large, halve what the worse half of the layers may miss."""
+        targets = [settings.target_recall] * len(fitted)
+        chosen = [layers.settle(i, entry, targets[i]) for i, entry in enumerate(fitted)]
+        rounds = []
+        for left in reversed(range(ROUNDS + 1)):
+            found = self._predicted("validation", chosen)
+            rounds.append({"targets": list(targets), **found})
+            if not left or found["loss"] <= settings.max_loss:
+                break
+            errors = [figures["output_error"] for _, figures in chosen]
+            worse = np.argsort(errors)[::-1][: -(-len(fitted) // 2)]
+            for i in (int(i) for i in worse if errors[i] > 0):
+                targets[i] = 1 - (1 - targets[i]) / 2
+                chosen[i] = layers.settle(i, fitted[i], targets[i])
+        held_out = self._predicted("held_out", chosen)
+        return Checked(
+            chosen, {"held_out": held_out, "validation": found, "other_scores": {}}, rounds
+        )
+
+    def spread(self, layers: ThresholdLayers, fitted: list[Fitted], settings: Settings) -> Checked:
+        """One sparsity for all layers, or more where it costs less: whichever does better."""
+        curves = [entry.figures["error_curve"] for entry in fitted]
+        ways = {
+            "even": [settings.sparsity] * len(fitted),
+            "by error": spread_sparsity(curves, settings.sparsity),
+        }
+        tried, rounds = [], []
+        for way, sparsities in ways.items():
+            chosen = [layers.settle(i, entry, sparsities[i]) for i, entry in enumerate(fitted)]
+            found = self._predicted("validation", chosen)
+            rounds.append({"way": way, "sparsities": sparsities, **found})
+            tried.append((chosen, found))
+        chosen, found = min(tried, key=lambda one: one[1]["predicted"])
+        held_out = self._predicted("held_out", chosen)
+        others = self._others(layers, fitted, chosen)
+        return Checked(
+            chosen, {"held_out": held_out, "validation": found, "other_scores": others}, rounds
+        )
+
+    def _others(
+        self, layers: ThresholdLayers, fitted: list[Fitted], chosen: Settled
+    ) -> dict[str, float]:
+        """Perplexities on the held-out text at the same sparsities, by other scores."""
+        masks: dict[str, list[Mask | None]] = {}
+        for i, (_, figures) in enumerate(chosen):
+            for name, mask in layers.other_masks(i, fitted[i], figures["asked_sparsity"]).items():
+                masks.setdefault(name, []).append(mask)
+        return {name: self.measure("held_out", found) for name, found in masks.items()}
+
+
+def spread_sparsity(curves: list[list[float]], mean: float) -> list[float]:
+    """A sparsity for each layer, ``mean`` on average, with the least sum of errors.
+
+    Args:
+        curves: of each layer, the share of its output that is lost at 0, 1, ... 100 % sparsity.
+        mean: sparsity.
+    """
+    places = [0] * len(curves)
+    for _ in range(round(100 * mean * len(curves))):
+        steps = [
+            curve[at + 1] - curve[at] if at < 99 else float("inf")
+            for curve, at in zip(curves, places, strict=True)
+        ]
+        places[int(np.argmin(steps))] += 1
+    return [at / 100 for at in places]
