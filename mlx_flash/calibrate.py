@@ -212,7 +212,7 @@ class _Job:
     def _save_biases(self, model: nn.Module) -> None:
         """Biases of the projections before the activation, which are no part of the rows."""
         biases = {}
-        for layer, (_, mlp) in enumerate(model.flash._found):
+        for layer, (_, mlp) in enumerate(model.flash.ffns):
             for part, name in projections(self.ffn).items():
                 if part != "down" and "bias" in mlp[name]:
                     bias = np.array(mlp[name].bias.astype(mx.float32))
@@ -273,7 +273,7 @@ class _Job:
             quality = Quality(model, self.ffn, self.text, chunk, dense, self.progress)
             if self.settings.kind == "low-rank":
                 return quality.tighten(layers, fitted, self.settings)
-            return quality.spread(layers, fitted, self.settings)
+            return quality.at_sparsity(layers, fitted, self.settings.sparsity)
 
     def _write(self, fitted: list[Fitted], checked: Checked) -> dict[str, Any]:
         """The report, then the predictors."""

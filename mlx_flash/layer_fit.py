@@ -281,19 +281,13 @@ class ThresholdLayers(_Layers):
         self.biases = biases
 
     def fit(self, layer: int) -> Fitted:
-        """The scale of a layer's rows, and how its error grows with the sparsity."""
+        """The scale of a layer's rows, and the copy of up."""
         weights = self.weights(layer)
         norms = np.linalg.norm(weights["down"], axis=1).astype(np.float32)
         arrays = {"norms": norms, "scale": fit.scale(self.mean_squares[layer], norms)}
         if self._estimates(layer):
             arrays |= self._estimate(layer, weights["up"], norms) | {"scale": norms}
-        del weights
-        scores = self._scores(layer, self._tensors(arrays))
-        strength = np.square(self.strength(layer, norms))
-        order = np.argsort(scores, axis=None)
-        lost = np.cumsum(strength.reshape(-1)[order], dtype=np.float64)
-        places = np.linspace(0, lost.size - 1, 101).astype(np.int64)
-        return Fitted(arrays, {"error_curve": (lost[places] / max(lost[-1], 1e-30)).tolist()})
+        return Fitted(arrays, {})
 
     def _estimates(self, layer: int) -> bool:
         gated = "gate" in self.ffn.parts and not self.ffn.up_activation
@@ -330,8 +324,7 @@ class ThresholdLayers(_Layers):
         threshold = fit.quantile(scores, sparsity)
         predictor = LayerPredictor("threshold", threshold, tensors=tensors)
         strength = self.strength(layer, fitted.arrays["norms"])
-        figures = self.figures(predictor, scores > np.float32(threshold), strength)
-        return predictor, figures | {"asked_sparsity": sparsity}
+        return predictor, self.figures(predictor, scores > np.float32(threshold), strength)
 
     def other_masks(self, layer: int, fitted: Fitted, sparsity: float) -> dict[str, Mask]:
         """The same sparsity by other scores: the bare activation, and what a row really adds."""

@@ -92,7 +92,7 @@ class Flash:
         self._sparse = SparseStats()
         self.max_tokens: int | None = None
         self._forwards = 0
-        self._found: list[tuple[str, nn.Module]] = []
+        self.ffns: list[tuple[str, nn.Module]] = []
         self._lock = threading.Lock()
 
     def stats(self) -> FlashStats:
@@ -129,7 +129,7 @@ class Flash:
                 f"{self.directory.path}: the config makes {len(found)} layers, the row file has "
                 f"{len(self.directory.rows.layers)}"
             )
-        self._found = found
+        self.ffns = found
         for i in (*self.plan.streamed, *self.plan.slots):
             use_rows(found[i][1], self.directory.ffn)
 
@@ -146,7 +146,7 @@ class Flash:
         """
         weights = dict(resident)
         streamed = set()
-        for i, (path, _) in enumerate(self._found):
+        for i, (path, _) in enumerate(self.ffns):
             if i in self.plan.kept:
                 found = dense_weights(self.reader, i, self.directory.ffn)
             else:
@@ -162,22 +162,20 @@ class Flash:
         paged: dict[int, nn.Module] = {}
         if self.plan.streamed:
             self.stream = LayerStream(self.reader, self.plan.streamed, BUFFERS)
-            paged = {
-                i: FlashMLP(self._found[i][1], ffn, i, self.stream) for i in self.plan.streamed
-            }
+            paged = {i: FlashMLP(self.ffns[i][1], ffn, i, self.stream) for i in self.plan.streamed}
         if self.plan.slots and self.selection:
             parts = [part for part in ffn.parts if part != self.selection.provides]
             most = max(layers[i].rows for i in self.plan.slots)
             self.rows = RowStream(self.reader, most, parts)
             for i, slots in self.plan.slots.items():
-                predictor = self.selection.build(self.reader, i, self._found[i][1], ffn)
+                predictor = self.selection.build(self.reader, i, self.ffns[i][1], ffn)
                 self.caches[i] = RowCache(
                     self.reader, i, slots, policy=self._policies(layers[i].rows), parts=parts
                 )
                 paged[i] = SparseMLP(
-                    self._found[i][1], ffn, predictor, self.caches[i], self.rows, self._sparse
+                    self.ffns[i][1], ffn, predictor, self.caches[i], self.rows, self._sparse
                 )
-        model.update_modules(tree_unflatten([(self._found[i][0], m) for i, m in paged.items()]))
+        model.update_modules(tree_unflatten([(self.ffns[i][0], m) for i, m in paged.items()]))
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
         """Run the model, a prompt in chunks that the plan has memory for.

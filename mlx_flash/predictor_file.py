@@ -121,7 +121,12 @@ def write(path: Path, predictors: Predictors) -> None:
     # mlx names files it writes *.safetensors, whatever it is told.
     temporary = path.with_name("writing-" + path.name)
     try:
-        mx.save_safetensors(str(temporary), tensors or {"none": mx.zeros((1,))}, metadata)
+        try:
+            mx.save_safetensors(str(temporary), tensors or {"none": mx.zeros((1,))}, metadata)
+        except RuntimeError as error:  # mlx's own, for a full disk, too
+            raise PredictorError(
+                f"writing {path} failed: {error}; make room and run the same command again"
+            ) from error
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         temporary.replace(path)

@@ -113,49 +113,21 @@ class Quality:
             chosen, {"held_out": held_out, "validation": found, "other_scores": {}}, rounds
         )
 
-    def spread(self, layers: ThresholdLayers, fitted: list[Fitted], settings: Settings) -> Checked:
-        """One sparsity for all layers, or more where it costs less: whichever does better."""
-        curves = [entry.figures["error_curve"] for entry in fitted]
-        ways = {
-            "even": [settings.sparsity] * len(fitted),
-            "by error": spread_sparsity(curves, settings.sparsity),
-        }
-        tried, rounds = [], []
-        for way, sparsities in ways.items():
-            chosen = [layers.settle(i, entry, sparsities[i]) for i, entry in enumerate(fitted)]
-            found = self._predicted("validation", chosen)
-            rounds.append({"way": way, "sparsities": sparsities, **found})
-            tried.append((chosen, found))
-        chosen, found = min(tried, key=lambda one: one[1]["predicted"])
-        held_out = self._predicted("held_out", chosen)
-        others = self._others(layers, fitted, chosen)
-        return Checked(
-            chosen, {"held_out": held_out, "validation": found, "other_scores": others}, rounds
-        )
+    def at_sparsity(
+        self, layers: ThresholdLayers, fitted: list[Fitted], sparsity: float
+    ) -> Checked:
+        """The sparsity asked for in every layer; more where it costs less did worse when tried."""
+        chosen = [layers.settle(i, entry, sparsity) for i, entry in enumerate(fitted)]
+        perplexities = {part: self._predicted(part, chosen) for part in ("validation", "held_out")}
+        others = self._others(layers, fitted, sparsity)
+        return Checked(chosen, {**perplexities, "other_scores": others})
 
     def _others(
-        self, layers: ThresholdLayers, fitted: list[Fitted], chosen: Settled
+        self, layers: ThresholdLayers, fitted: list[Fitted], sparsity: float
     ) -> dict[str, float]:
-        """Perplexities on the held-out text at the same sparsities, by other scores."""
+        """Perplexities on the held-out text at the same sparsity, by other scores."""
         masks: dict[str, list[Mask | None]] = {}
-        for i, (_, figures) in enumerate(chosen):
-            for name, mask in layers.other_masks(i, fitted[i], figures["asked_sparsity"]).items():
+        for i, entry in enumerate(fitted):
+            for name, mask in layers.other_masks(i, entry, sparsity).items():
                 masks.setdefault(name, []).append(mask)
         return {name: self.measure("held_out", found) for name, found in masks.items()}
-
-
-def spread_sparsity(curves: list[list[float]], mean: float) -> list[float]:
-    """A sparsity for each layer, ``mean`` on average, with the least sum of errors.
-
-    Args:
-        curves: of each layer, the share of its output that is lost at 0, 1, ... 100 % sparsity.
-        mean: sparsity.
-    """
-    places = [0] * len(curves)
-    for _ in range(round(100 * mean * len(curves))):
-        steps = [
-            curve[at + 1] - curve[at] if at < 99 else float("inf")
-            for curve, at in zip(curves, places, strict=True)
-        ]
-        places[int(np.argmin(steps))] += 1
-    return [at / 100 for at in places]

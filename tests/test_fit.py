@@ -11,7 +11,6 @@ from mlx_flash import bits, fit
 from mlx_flash.cache import SlotTable
 from mlx_flash.errors import CalibrationError
 from mlx_flash.policy import SlidingWindow
-from mlx_flash.quality import spread_sparsity
 
 TOKENS, WIDTH, ROWS = 1536, 32, 96
 
@@ -233,11 +232,33 @@ def test_compare_counts():
     assert nothing["output_error"] == 0.0
 
 
-def test_sparsity_goes_where_it_costs_least():
-    cheap = [0.1 * (i / 100) ** 2 for i in range(101)]
-    dear = [(i / 100) ** 2 for i in range(101)]
-    low, high = sorted(spread_sparsity([dear, cheap], 0.4))
-    assert (low + high) / 2 == pytest.approx(0.4)
-    assert spread_sparsity([dear, cheap], 0.4) == [low, high]
-    assert high > 0.65
-    assert spread_sparsity([dear, dear], 0.5) == [0.5, 0.5]
+def test_low_rank_copy_is_the_best_of_its_rank():
+    """As good as the truncated SVD on whitened inputs, and honest about what it leaves open."""
+    random = np.random.default_rng(0)
+    mix = random.standard_normal((24, 24)).astype(np.float32)
+    x = random.standard_normal((4000, 24)).astype(np.float32) @ mix
+    weight = random.standard_normal((60, 24)).astype(np.float32)
+    moment = (x.T @ x / len(x)).astype(np.float64)
+    ones = np.ones(60, np.float32)
+    true = x @ weight.T
+    errors = []
+    for rank in (4, 12, 24):
+        first, second, floor = fit.low_rank_copy(weight, moment, ones, rank)
+        assert (first.shape, second.shape) == ((rank, 24), (60, rank))
+        wrong = np.square(true - x @ first.T @ second.T)
+        np.testing.assert_allclose(floor, wrong.mean(axis=0), rtol=0.02, atol=1e-2)
+        errors.append(wrong.mean())
+    _, singular, _ = np.linalg.svd(true, full_matrices=False)
+    best = [np.square(singular[rank:]).sum() / true.size for rank in (4, 12)]
+    assert errors[:2] == pytest.approx(best, rel=0.02)
+    assert errors[2] < 1e-3 * errors[0]
+
+
+def test_low_rank_copy_takes_care():
+    """A row that counts more is copied better."""
+    random = np.random.default_rng(1)
+    weight = random.standard_normal((60, 24)).astype(np.float32)
+    care = np.ones(60, np.float32)
+    even = fit.low_rank_copy(weight, np.eye(24), care, 6)[2]
+    care[:5] = 10
+    assert fit.low_rank_copy(weight, np.eye(24), care, 6)[2][:5].sum() < 0.3 * even[:5].sum()
