@@ -238,7 +238,6 @@ def _parquet(path: Path) -> Iterator[str]:
 def _download(repo: str, file: str | None) -> Path:
     """A text file of a data set, from the hub or its cache."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         if file is None:
@@ -254,7 +253,9 @@ def _download(repo: str, file: str | None) -> Path:
                 )
             file = texts[0]
         return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except CalibrationError:
+        raise
+    except Exception as error:  # the hub's own, its HTTP library's, the disk's: all are no text
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CalibrationError(
             f"there is no file {repo}, and as a data set it cannot be had from the hub "

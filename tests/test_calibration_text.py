@@ -148,14 +148,19 @@ def test_data_sets_on_the_hub(tmp_path, monkeypatch, name, asked):
     assert hub.asked == asked
 
 
-def test_data_sets_that_cannot_be_had(tmp_path, monkeypatch):
+class Foreign(Exception):
+    """An error of the HTTP library below the hub's, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled, Foreign])
+def test_data_sets_that_cannot_be_had(tmp_path, monkeypatch, error):
     hub = Hub(tmp_path, ["README.md", "a.zip"])
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     with pytest.raises(CalibrationError, match=r"has no text files .*a.zip"):
         load("owner/name")
 
     def offline(*_args, **_other):
-        raise OfflineModeIsEnabled("offline mode is enabled")
+        raise error("offline mode is enabled")
 
     monkeypatch.setattr(hub, "list_repo_files", offline)
     with pytest.raises(
