@@ -36,30 +36,6 @@ class Policy(Protocol):
         """Of any rows, a number each: the smallest leave first where room is needed."""
 
 
-class SlidingWindow:
-    """Rows active in one of the last ``window`` steps stay; the longest unused leave first.
-
-    LLM in a flash, section 3.1.
-    """
-
-    def __init__(self, rows: int, window: int = DEFAULT_WINDOW) -> None:
-        if window < 1:
-            raise CacheError(f"a window is at least one token, got {window}")
-        self.window = window
-        self._step = 0
-        self._last = np.full(rows, -1, np.int64)
-
-    def used(self, rows: np.ndarray) -> None:
-        self._step += 1
-        self._last[rows] = self._step
-
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return self._last[rows] <= self._step - self.window
-
-    def rank(self, rows: np.ndarray) -> np.ndarray:
-        return self._last[rows]
-
-
 class LRU:
     """The longest unused leave first, and only where room is needed."""
 
@@ -76,6 +52,22 @@ class LRU:
 
     def rank(self, rows: np.ndarray) -> np.ndarray:
         return self._last[rows]
+
+
+class SlidingWindow(LRU):
+    """Rows active in one of the last ``window`` steps stay; the longest unused leave first.
+
+    LLM in a flash, section 3.1.
+    """
+
+    def __init__(self, rows: int, window: int = DEFAULT_WINDOW) -> None:
+        if window < 1:
+            raise CacheError(f"a window is at least one token, got {window}")
+        super().__init__(rows)
+        self.window = window
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        return self._last[rows] <= self._step - self.window
 
 
 class LFU:

@@ -1,11 +1,11 @@
 """Reads rows from flash straight into the caller's memory, many requests at a time.
 
-``plan`` is pure: sorted row numbers to byte ranges, near rows joined. ``RowReader`` carries plans
-out on a pool of threads with direct I/O (LLM in a flash, section 4.1: at least 32 KiB a request,
-32 threads, no page cache). A few rows at a time are scattered over their slots by one ``preadv``,
-where the layout allows it. A long run of rows goes through one of a few staging buffers on huge
-pages and is copied from there: on the Linux disk measured, 1 MiB into pages that lie together came
-at 2.2 to 2.5 GB/s, into ordinary pages or scattered in 4 KiB pieces at 0.9.
+``RowReader`` carries out what ``read_plan`` makes of row numbers, on a pool of threads with direct
+I/O (LLM in a flash, section 4.1: at least 32 KiB a request, 32 threads, no page cache). A few rows
+at a time are scattered over their slots by one ``preadv``, where the layout allows it. A long run
+of rows goes through one of a few staging buffers on huge pages and is copied from there: on the
+Linux disk measured, 1 MiB into pages that lie together came at 2.2 to 2.5 GB/s, into ordinary pages
+or scattered in 4 KiB pieces at 0.9.
 
 Knows: file, offsets, slots. Does not know: which rows are wanted or why, MLX, models.
 """
@@ -27,11 +27,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
 from .errors import DamagedError, ReadError
+from .read_plan import Request, as_slice, plan
 from .rows import PAGE, RowFile
 
 THREADS = 32
@@ -41,52 +42,6 @@ SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces i
 STAGING_BUFFERS = 8
 HUGE_PAGE = 2 << 20
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
-
-
-class Request(NamedTuple):
-    """One contiguous read: rows ``start`` to ``stop`` of a layer.
-
-    ``first`` and ``last`` delimit, in the sorted list given to ``plan``, the wanted rows in it.
-    """
-
-    start: int
-    stop: int
-    first: int
-    last: int
-
-
-def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
-    """Turn sorted, distinct row numbers into contiguous reads.
-
-    Args:
-        rows: int array [n], strictly increasing.
-        max_rows: a read spans at most this many rows, gaps included.
-        gap: up to this many unwanted rows are read along to save a request.
-    """
-    if max_rows < 1 or gap < 0:
-        raise ValueError(f"max_rows must be at least 1 and gap at least 0, got {max_rows}, {gap}")
-    if rows.size == 0:
-        return []
-    if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise ValueError(f"rows must be an int array [n], got {rows.dtype} {rows.shape}")
-    if rows[0] < 0 or bool((rows[1:] <= rows[:-1]).any()):
-        raise ValueError("rows must be distinct, sorted and not negative")
-    breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
-    firsts, lasts = np.append(0, breaks), np.append(breaks, rows.size)
-    starts, stops = rows[firsts], rows[lasts - 1] + 1
-    found = zip(*(a.tolist() for a in (starts, stops, firsts, lasts)), strict=True)
-    requests: list[Request] = []
-    for run in map(Request._make, found):
-        if run.stop - run.start <= max_rows:
-            requests.append(run)
-            continue
-        first = run.first
-        while first < run.last:
-            start = int(rows[first])
-            cut = first + int(np.searchsorted(rows[first : run.last], start + max_rows))
-            requests.append(Request(start, int(rows[cut - 1]) + 1, first, cut))
-            first = cut
-    return requests
 
 
 @dataclass
@@ -416,7 +371,7 @@ class RowReader:
             block = staging[: count * self.layout.stride].reshape(count, self.layout.stride)
             wanted = read.rows[request.first : request.last] - request.start
             slots = read.slots[request.first : request.last]
-            source, target = _as_slice(wanted), _as_slice(slots)
+            source, target = as_slice(wanted), as_slice(slots)
             for part, extent, array in zip(self.layout.parts, self._extents, read.out, strict=True):
                 if array is not None:
                     array[target] = block[source, part.offset : part.offset + extent]
@@ -478,14 +433,6 @@ def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
-
-
-def _as_slice(index: np.ndarray) -> slice | np.ndarray:
-    """A run of consecutive numbers as a slice, which copies without an index array."""
-    first = int(index[0])
-    if int(index[-1]) - first == index.size - 1 and bool((np.diff(index) == 1).all()):
-        return slice(first, first + index.size)
-    return index
 
 
 def _after(buffers: list[memoryview], done: int) -> list[memoryview]:

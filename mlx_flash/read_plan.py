@@ -1,0 +1,64 @@
+"""Sorted row numbers to contiguous reads, near rows joined. Pure.
+
+Knows: numbers. Does not know: bytes, files, memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Request(NamedTuple):
+    """One contiguous read: rows ``start`` to ``stop`` of a layer.
+
+    ``first`` and ``last`` delimit, in the sorted list given to ``plan``, the wanted rows in it.
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
+    """Turn sorted, distinct row numbers into contiguous reads.
+
+    Args:
+        rows: int array [n], strictly increasing.
+        max_rows: a read spans at most this many rows, gaps included.
+        gap: up to this many unwanted rows are read along to save a request.
+    """
+    if max_rows < 1 or gap < 0:
+        raise ValueError(f"max_rows must be at least 1 and gap at least 0, got {max_rows}, {gap}")
+    if rows.size == 0:
+        return []
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
+        raise ValueError(f"rows must be an int array [n], got {rows.dtype} {rows.shape}")
+    if rows[0] < 0 or bool((rows[1:] <= rows[:-1]).any()):
+        raise ValueError("rows must be distinct, sorted and not negative")
+    breaks = np.flatnonzero(np.diff(rows) > gap + 1) + 1
+    firsts, lasts = np.append(0, breaks), np.append(breaks, rows.size)
+    starts, stops = rows[firsts], rows[lasts - 1] + 1
+    found = zip(*(a.tolist() for a in (starts, stops, firsts, lasts)), strict=True)
+    requests: list[Request] = []
+    for run in map(Request._make, found):
+        if run.stop - run.start <= max_rows:
+            requests.append(run)
+            continue
+        first = run.first
+        while first < run.last:
+            start = int(rows[first])
+            cut = first + int(np.searchsorted(rows[first : run.last], start + max_rows))
+            requests.append(Request(start, int(rows[cut - 1]) + 1, first, cut))
+            first = cut
+    return requests
+
+
+def as_slice(index: np.ndarray) -> slice | np.ndarray:
+    """A run of consecutive numbers as a slice, which copies without an index array."""
+    first = int(index[0])
+    if int(index[-1]) - first == index.size - 1 and bool((np.diff(index) == 1).all()):
+        return slice(first, first + index.size)
+    return index
