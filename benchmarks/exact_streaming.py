@@ -171,7 +171,7 @@ def reader() -> dict:
     for directory in (llama("llama-1b", 2048, 5632, 22), smollm("bfloat16")):
         model = load_model(directory, kept_share=0.0)
         flash = model.flash
-        block = min(flash.reader.max_rows, directory.rows.layers[0].rows) * (
+        block = min(flash.reader.max_rows(directory.rows.layout), directory.rows.layers[0].rows) * (
             directory.rows.layout.stride
         )
         total = sum(directory.rows.layer_bytes(i) for i in flash.plan.streamed)

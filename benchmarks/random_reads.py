@@ -61,7 +61,7 @@ def ours(reader: RowReader, memory: SlotMemory, sets: list[np.ndarray], seconds:
         rounds += 1
     requests = (reader.stats() - before).requests
     return {
-        "speed": rounds * sets[0].size * reader.layout.stride / spent,
+        "speed": rounds * sets[0].size * reader.file.layout.stride / spent,
         "cpu": (time.process_time() - cpu) / requests,
         "rows": rounds * sets[0].size / requests,
     }

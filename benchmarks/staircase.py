@@ -154,7 +154,7 @@ class Replay:
             trace = [[np.append(r, r + count) for r in layer] for layer in trace]
         self.tokens = [[layer[t] for layer in trace] for t in range(WARM, len(trace[0]), every)]
         most = max(rows.size for token in self.tokens for rows in token)
-        self.memory = SlotMemory(self.reader.layout, most)
+        self.memory = SlotMemory(self.reader.file.layout, most)
 
     def __call__(self) -> tuple[float, float]:
         """(seconds, bytes) per token."""

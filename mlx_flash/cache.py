@@ -10,6 +10,7 @@ first (``policy``), what an FFN computes, models. The bookkeeping (``SlotTable``
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import CacheError
+from .layout import PAGE, RowLayout
 from .policy import Policy, SlidingWindow
 from .reader import RowReader
-from .rows import PAGE, RowLayout
 
 DTYPES = {
     "F32": mx.float32,
@@ -61,6 +62,26 @@ def slot_bytes(layout: RowLayout, parts: Sequence[str] | None = None) -> int:
     return sum(extent for part, extent in extents if parts is None or part.name in parts)
 
 
+def _spans(
+    layout: RowLayout, capacity: int, parts: Sequence[str] | None
+) -> dict[str, tuple[int, int]]:
+    """Part -> from which to which byte of the memory its slots are."""
+    at, found = 0, {}
+    for part, extent in zip(layout.parts, layout.extents, strict=True):
+        if parts is None or part.name in parts:
+            start = -(-at // 4) * 4
+            found[part.name] = (start, at := start + capacity * extent)
+    return found
+
+
+def _shaped(array: mx.array, shape: tuple[int, ...], capacity: int, stride: int) -> mx.array:
+    """[capacity, *shape] over an array [capacity, stride], not copied."""
+    inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    shaped = mx.as_strided(array, (capacity, *shape), (stride, *inner))
+    mx.eval(shaped)
+    return shaped
+
+
 class SlotMemory:
     """Memory for ``capacity`` rows, one array per part.
 
@@ -68,7 +89,8 @@ class SlotMemory:
     [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
     to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
     another one, at least as large, out for fewer rows. Parts that are not among ``parts`` have no
-    memory, and None for a view. ``nbytes`` counts memory of its own.
+    memory, and None for a view. With ``exact``, arrays are [capacity, *shape of the part], which
+    stride over the padding. ``nbytes`` counts memory of its own.
     """
 
     def __init__(
@@ -77,12 +99,13 @@ class SlotMemory:
         capacity: int,
         share: SlotMemory | None = None,
         parts: Sequence[str] | None = None,
+        exact: bool = False,
     ) -> None:
         self.capacity = capacity
-        unit = UNITS[min(DTYPES[part.dtype].size for part in layout.parts)]
-        nbytes = capacity * slot_bytes(layout, parts)
+        spans = _spans(layout, capacity, parts)
+        nbytes = max((stop for _, stop in spans.values()), default=0)
         if share is None:
-            self._memory, view = aligned_bytes(nbytes, unit)
+            self._memory, view = aligned_bytes(nbytes, mx.uint32)  # counts in 32 bits
             self.nbytes = self._memory.nbytes + PAGE
         else:
             self._memory, view = share.first(nbytes)
@@ -91,22 +114,24 @@ class SlotMemory:
         self.views: list[np.ndarray | None] = []
         self._spans: dict[str, tuple[int, int, mx.Dtype]] = {}
         self._joined: dict[tuple[str, str], mx.array] = {}
-        at = 0
         for part, extent in zip(layout.parts, layout.extents, strict=True):
-            if parts is not None and part.name not in parts:
+            if part.name not in spans:
                 self.views.append(None)
                 continue
-            stop = at + capacity * extent
-            self._spans[part.name] = (at, stop, DTYPES[part.dtype])
-            self.arrays[part.name] = self._typed(at, stop, DTYPES[part.dtype], capacity)
-            self.views.append(view[at:stop].reshape(capacity, extent))
-            at = stop
+            start, stop = spans[part.name]
+            dtype = DTYPES[part.dtype]
+            self._spans[part.name] = (start, stop, dtype)
+            array = self._typed(start, stop, dtype, capacity)
+            if exact:
+                array = _shaped(array, part.shape, capacity, extent // dtype.size)
+            self.arrays[part.name] = array
+            self.views.append(view[start:stop].reshape(capacity, extent))
 
     def first(self, nbytes: int) -> tuple[mx.array, np.ndarray]:
         """The first bytes of this memory, to lay out another way; both then overlap."""
         if nbytes > self._memory.nbytes:
             raise CacheError(f"{self._memory.nbytes} bytes of slots cannot be shared as {nbytes}")
-        part = self._memory[: nbytes // self._memory.itemsize]
+        part = self._memory[: -(-nbytes // self._memory.itemsize)]
         mx.eval(part)
         return part, _bytes_of(part)
 
@@ -124,7 +149,8 @@ class SlotMemory:
 
     def _typed(self, start: int, stop: int, dtype: mx.Dtype, rows: int) -> mx.array:
         size = self._memory.itemsize
-        array = self._memory[start // size : stop // size].view(dtype).reshape(rows, -1)
+        flat = self._memory[start // size : -(-stop // size)].view(dtype)
+        array = flat[: (stop - start) // dtype.size].reshape(rows, -1)
         mx.eval(array)
         return array
 
@@ -256,6 +282,7 @@ class RowCache:
         policy: which rows leave; a ``SlidingWindow`` unless given otherwise.
         window: tokens that the default policy keeps rows for.
         parts: of a row, those to keep; None for all.
+        exact: see ``SlotMemory``.
     """
 
     def __init__(
@@ -267,11 +294,13 @@ class RowCache:
         window: int = 4,
         policy: Policy | None = None,
         parts: Sequence[str] | None = None,
+        exact: bool = False,
     ) -> None:
         rows = reader.file.layers[layer].rows
         self.layer = layer
         self.table = SlotTable(rows, min(capacity, rows))
-        self.memory = SlotMemory(reader.layout, self.table.capacity, parts=parts)
+        layout = reader.file.layers[layer].layout
+        self.memory = SlotMemory(layout, self.table.capacity, parts=parts, exact=exact)
         self.policy = policy or SlidingWindow(rows, window)
         self.hits = 0
         self.misses = 0

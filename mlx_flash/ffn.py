@@ -148,14 +148,17 @@ def bind_some(
 
 def resident_part(reader: RowReader, layer: int, part: str) -> mx.array:
     """One part of every row of a layer, [rows, d_model], read from the row file."""
-    parts, rows = reader.layout.parts, reader.file.layers[layer].rows
+    layout, rows = reader.file.layout, reader.file.layers[layer].rows
+    parts = layout.parts
     found = next(p for p in parts if p.name == part)
     dtype = DTYPES[found.dtype]
     weight = mx.zeros((rows, found.width), UNITS[dtype.size])
     mx.eval(weight)
     view = np.array(weight, copy=False)
     chunk = SlotMemory(
-        reader.layout, min(rows, max(1, CHUNK_BYTES // reader.layout.stride)), parts=[part]
+        reader.file.layout,
+        min(rows, max(1, CHUNK_BYTES // reader.file.layout.stride)),
+        parts=[part],
     )
     data = next(v for v in chunk.views if v is not None)
     for start in range(0, rows, chunk.capacity):
@@ -174,9 +177,12 @@ def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array
         Projection name to array: gate and up [rows, d_model], fused [2 * rows, d_model],
         down [d_model, rows].
     """
-    rows, parts = reader.file.layers[layer].rows, reader.layout.parts
+    rows, layout = reader.file.layers[layer].rows, reader.file.layout
+    parts = layout.parts
     dtype = DTYPES[parts[0].dtype]
-    chunk = SlotMemory(reader.layout, min(rows, max(1, CHUNK_BYTES // reader.layout.stride)))
+    chunk = SlotMemory(
+        reader.file.layout, min(rows, max(1, CHUNK_BYTES // reader.file.layout.stride))
+    )
     shapes = weight_shapes(ffn, rows, parts[0].width)
     weights = {name: mx.zeros(shape, UNITS[dtype.size]) for name, shape in shapes.items()}
     mx.eval(weights)

@@ -14,12 +14,15 @@ class Request(NamedTuple):
     """One contiguous read: rows ``start`` to ``stop`` of a layer.
 
     ``first`` and ``last`` delimit, in the sorted list given to ``plan``, the wanted rows in it.
+    Where one row is read in several requests, ``begin`` and ``end`` say which of its bytes.
     """
 
     start: int
     stop: int
     first: int
     last: int
+    begin: int = 0
+    end: int = 0
 
 
 def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
@@ -43,7 +46,7 @@ def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
     starts, stops = rows[firsts], rows[lasts - 1] + 1
     found = zip(*(a.tolist() for a in (starts, stops, firsts, lasts)), strict=True)
     requests: list[Request] = []
-    for run in map(Request._make, found):
+    for run in (Request(*numbers) for numbers in found):
         if run.stop - run.start <= max_rows:
             requests.append(run)
             continue
@@ -54,6 +57,22 @@ def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
             requests.append(Request(start, int(rows[cut - 1]) + 1, first, cut))
             first = cut
     return requests
+
+
+def cut(request: Request, begin: int, end: int, nbytes: int, grain: int) -> list[Request]:
+    """Bytes ``begin`` to ``end`` of a request's single row, in about equal pieces.
+
+    Args:
+        nbytes: a piece is at most this long.
+        grain: pieces begin at multiples of this.
+    """
+    count = -(-(end - begin) // max(grain, nbytes))
+    step = -(-(end - begin) // (count * grain)) * grain
+    ends = [*range(begin + step, end, step), end]
+    return [
+        request._replace(begin=at, end=stop)
+        for at, stop in zip([begin, *ends[:-1]], ends, strict=True)
+    ]
 
 
 def as_slice(index: np.ndarray) -> slice | np.ndarray:

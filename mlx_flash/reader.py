@@ -32,8 +32,9 @@ from typing import Self
 import numpy as np
 
 from .errors import DamagedError, ReadError
-from .read_plan import Request, as_slice, plan
-from .rows import PAGE, RowFile
+from .layout import PAGE, RowLayout
+from .read_plan import Request, as_slice, cut, plan
+from .rows import RowFile
 
 THREADS = 32
 REQUEST_BYTES = 2 << 20
@@ -115,6 +116,7 @@ class PreparedRead:
     by piece: so many bytes each, into a part's memory (slot after slot) or, with None, nowhere.
     """
 
+    layout: RowLayout
     rows: np.ndarray
     slots: np.ndarray
     out: Sequence[np.ndarray | None]
@@ -131,7 +133,8 @@ class RowReader:
     Args:
         file: the row file.
         threads: reads under way at a time; of long runs at most ``STAGING_BUFFERS``.
-        request_bytes: a request is at most this long (or one row, where a row is longer).
+        request_bytes: a request is at most this long (or one row, where a row is longer and cannot
+            be scattered).
         gap_bytes: unwanted bytes read along to join two requests.
         direct: False reads through the page cache.
 
@@ -148,18 +151,15 @@ class RowReader:
         direct: bool = True,
     ) -> None:
         self.file = file
-        self.layout = file.layout
-        stride = self.layout.stride
-        self.scatters = self.layout.scatters
-        self._extents = self.layout.extents
-        self.max_rows = max(1, request_bytes // stride)
-        self.gap = gap_bytes // stride
+        self.request_bytes, self.gap_bytes = request_bytes, gap_bytes
         self.threads = threads
+        layouts = file.layouts
         # Every offset, length and address that is read with is a multiple of this.
-        self._grain = math.gcd(PAGE, stride, *(self._extents if self.scatters else ()))
-        self._sink = memoryview(mmap.mmap(-1, _pages(stride)))
+        extents = [n for layout in layouts if layout.scatters for n in layout.extents]
+        self._grain = math.gcd(PAGE, *(layout.stride for layout in layouts), *extents)
+        self._sink = memoryview(mmap.mmap(-1, self._sink_bytes))
         self._staging: queue.LifoQueue[np.ndarray] = queue.LifoQueue()
-        for buffer in _staging_memory(self.bulk_threads, _pages(self.max_rows * stride)):
+        for buffer in _staging_memory(self.bulk_threads, self._staging_bytes):
             self._staging.put(buffer)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
         # No more threads than buffers: threads that wait for one only cost time.
@@ -181,9 +181,29 @@ class RowReader:
     @property
     def overhead_bytes(self) -> int:
         """Memory that the reader itself holds: staging buffers and the sink for gaps."""
-        stride = self.layout.stride
-        staging = self.bulk_threads * _pages(self.max_rows * stride)
-        return _pages(stride) + staging + HUGE_PAGE
+        return self._sink_bytes + self.bulk_threads * self._staging_bytes + HUGE_PAGE
+
+    @property
+    def _sink_bytes(self) -> int:
+        return _pages(max(layout.stride for layout in self.file.layouts))
+
+    @property
+    def _staging_bytes(self) -> int:
+        """Of one staging buffer; rows longer than a request that scatter are never staged."""
+        staged = [
+            self.max_rows(layout) * layout.stride
+            for layout in self.file.layouts
+            if not self._in_pieces(layout)
+        ]
+        return _pages(max(staged, default=1))
+
+    def max_rows(self, layout: RowLayout) -> int:
+        """A request spans at most so many rows."""
+        return max(1, self.request_bytes // layout.stride)
+
+    def _in_pieces(self, layout: RowLayout) -> bool:
+        """Whether a row takes several requests, each straight into its slot."""
+        return layout.scatters and layout.stride > self.request_bytes
 
     @property
     def bulk_threads(self) -> int:
@@ -198,7 +218,11 @@ class RowReader:
             return ReadStats(s.requests, s.bytes_read, s.read_seconds + running, s.direct)
 
     def prepare(
-        self, rows: np.ndarray, slots: np.ndarray, out: Sequence[np.ndarray | None]
+        self,
+        rows: np.ndarray,
+        slots: np.ndarray,
+        out: Sequence[np.ndarray | None],
+        layer: int = 0,
     ) -> PreparedRead:
         """Plan a read of ``rows`` (sorted) so that row ``rows[i]`` lands in slot ``slots[i]``.
 
@@ -209,9 +233,11 @@ class RowReader:
                 its memory starts on a sector. What a slot holds between and behind the numbers
                 of a part is then the padding in the file. None for a part that is not wanted;
                 where the layout scatters it is not read, if it is the first or the last.
+            layer: any layer with the layout of those that it will be used for.
         """
+        layout = self.file.layers[layer].layout
         held = []
-        for part, extent, array in zip(self.layout.parts, self._extents, out, strict=True):
+        for part, extent, array in zip(layout.parts, layout.extents, out, strict=True):
             if array is None:
                 continue
             held.append(array)
@@ -221,18 +247,19 @@ class RowReader:
                     f"memory for part {part.name} is {array.dtype} {array.shape}, "
                     f"expected writable uint8 [capacity, {extent}] without gaps"
                 )
-            if self.scatters and self.direct and array.ctypes.data % self._grain:
+            if layout.scatters and self.direct and array.ctypes.data % self._grain:
                 raise ValueError(f"memory for part {part.name} does not start on a sector")
         if not held:
             raise ValueError("no part of the rows is wanted")
-        requests = plan(rows, max_rows=self.max_rows, gap=self.gap)
+        gap = self.gap_bytes // layout.stride
+        requests = plan(rows, max_rows=self.max_rows(layout), gap=gap)
         capacity = min(map(len, held))
         if slots.shape != rows.shape or bool(((slots < 0) | (slots >= capacity)).any()):
             raise ValueError(f"slots for {rows.size} rows must be as many, from 0 to {capacity}")
-        first, last = self._span(out)
+        first, last = _span(layout, out)
         pieces: list[tuple[memoryview | None, int]] = []
         offset = 0
-        for array, extent in zip(out, self._extents, strict=True):
+        for array, extent in zip(out, layout.extents, strict=True):
             if first <= offset < last:
                 flat = None if array is None else memoryview(array.reshape(-1))
                 pieces.append((flat, extent))
@@ -242,23 +269,18 @@ class RowReader:
         scattered: list[Request] = []
         staged: list[Request] = []
         for request in requests:
-            few = self.scatters and request.stop - request.start <= SCATTER_ROWS
-            (scattered if few else staged).append(request)
-        return PreparedRead(rows, slots, out, pieces, scattered, staged, first, last)
-
-    def _span(self, out: Sequence[np.ndarray | None]) -> tuple[int, int]:
-        """From which to which byte of a row the wanted parts lie."""
-        if not self.scatters:
-            return 0, self.layout.stride
-        wanted = [i for i, array in enumerate(out) if array is not None]
-        extents = self._extents
-        if wanted[-1] == len(out) - 1:  # padding behind the last part lets requests be joined
-            return sum(extents[: wanted[0]]), self.layout.stride
-        return sum(extents[: wanted[0]]), sum(extents[: wanted[-1] + 1])
+            few = layout.scatters and request.stop - request.start <= SCATTER_ROWS
+            if self._in_pieces(layout):
+                scattered += cut(request, first, last, self.request_bytes, self._grain)
+            else:
+                (scattered if few else staged).append(request)
+        return PreparedRead(layout, rows, slots, out, pieces, scattered, staged, first, last)
 
     def submit(self, layer: int, read: PreparedRead) -> list[Future[None]]:
         """Start a prepared read on one layer; the rows are there when every future is done."""
         extent = self.file.layers[layer]
+        if read.layout != extent.layout:
+            raise ValueError(f"the read was prepared for rows of another layout than layer {layer}")
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
         # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
@@ -305,7 +327,7 @@ class RowReader:
 
         Raises ReadError when the disk fails, DamagedError when the file was cut.
         """
-        self.wait(self.submit(layer, self.prepare(rows, slots, out)))
+        self.wait(self.submit(layer, self.prepare(rows, slots, out, layer)))
 
     def close(self) -> None:
         """Wait for requests under way, fail those that have not begun, let go of the file."""
@@ -323,7 +345,7 @@ class RowReader:
 
     def _iovec(self, read: PreparedRead, request: Request) -> list[memoryview]:
         """Where the bytes of a request go, in the order of the file."""
-        stride, sink = self.layout.stride, self._sink
+        stride, sink = read.layout.stride, self._sink
         found: list[memoryview] = []
         at = request.start
         for i in range(request.first, request.last):
@@ -336,19 +358,28 @@ class RowReader:
                 begin = slot * nbytes
                 found.append(sink[:nbytes] if memory is None else memory[begin : begin + nbytes])
             at = int(read.rows[i]) + 1
+        if request.end:
+            return _between(found, request.begin - read.first, request.end - read.first)
         return found
+
+    def _where(self, base: int, read: PreparedRead, request: Request) -> tuple[int, int]:
+        """Offset in the file and length of a request."""
+        begin, end = request.begin, request.end
+        if not end:
+            begin = read.first
+            end = (request.stop - request.start - 1) * read.layout.stride + read.last
+        return base + request.start * read.layout.stride + begin, end - begin
 
     def _run(
         self, layer: int, base: int, read: PreparedRead, requests: Iterable[Request], staged: bool
     ) -> None:
         """Carry requests out, one after the other; several threads may share what gives them."""
-        stride, count, total = self.layout.stride, 0, 0
+        count, total = 0, 0
         self._enter()
         try:
             for request in requests:
                 self._check_open()
-                offset = base + request.start * stride + read.first
-                nbytes = (request.stop - request.start - 1) * stride + read.last - read.first
+                offset, nbytes = self._where(base, read, request)
                 count, total = count + 1, total + nbytes
                 if staged:
                     self._read_staged(layer, read, request, offset, nbytes)
@@ -367,12 +398,12 @@ class RowReader:
         try:
             begin = memoryview(staging)[read.first : read.first + nbytes]
             self._preadv([begin], offset, nbytes, layer)
-            count = request.stop - request.start
-            block = staging[: count * self.layout.stride].reshape(count, self.layout.stride)
+            count, layout = request.stop - request.start, read.layout
+            block = staging[: count * layout.stride].reshape(count, layout.stride)
             wanted = read.rows[request.first : request.last] - request.start
             slots = read.slots[request.first : request.last]
             source, target = as_slice(wanted), as_slice(slots)
-            for part, extent, array in zip(self.layout.parts, self._extents, read.out, strict=True):
+            for part, extent, array in zip(layout.parts, layout.extents, read.out, strict=True):
                 if array is not None:
                     array[target] = block[source, part.offset : part.offset + extent]
         finally:
@@ -403,7 +434,8 @@ class RowReader:
                 fd = self._buffered_fd  # direct I/O cannot begin inside a sector
 
     def _row(self, layer: int, offset: int) -> int:
-        return (offset - self.file.layers[layer].offset) // self.layout.stride
+        extent = self.file.layers[layer]
+        return (offset - extent.offset) // extent.layout.stride
 
     def _enter(self) -> None:
         with self._lock:
@@ -420,6 +452,17 @@ class RowReader:
                 self._stats.read_seconds += time.perf_counter() - self._since
 
 
+def _span(layout: RowLayout, out: Sequence[np.ndarray | None]) -> tuple[int, int]:
+    """From which to which byte of a row the wanted parts lie."""
+    if not layout.scatters:
+        return 0, layout.stride
+    wanted = [i for i, array in enumerate(out) if array is not None]
+    extents = layout.extents
+    if wanted[-1] == len(out) - 1:  # padding behind the last part lets requests be joined
+        return sum(extents[: wanted[0]]), layout.stride
+    return sum(extents[: wanted[0]]), sum(extents[: wanted[-1] + 1])
+
+
 def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
     """Buffers on huge pages where the system has them; memory is taken as it is touched."""
     memory = mmap.mmap(-1, count * nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -433,6 +476,16 @@ def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
+
+
+def _between(buffers: list[memoryview], begin: int, end: int) -> list[memoryview]:
+    """Bytes ``begin`` to ``end`` of what the buffers are together."""
+    found = []
+    for buffer in buffers:
+        if part := buffer[max(begin, 0) : max(end, 0)]:
+            found.append(part)
+        begin, end = begin - len(buffer), end - len(buffer)
+    return found
 
 
 def _after(buffers: list[memoryview], done: int) -> list[memoryview]:

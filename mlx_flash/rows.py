@@ -1,9 +1,10 @@
 """What a row file is: how it is laid out, written, opened and checked.
 
-A row holds all that one unit of an FFN needs; for a neuron its gate row, its up row and its down
-column (row-column bundling, LLM in a flash, section 3.2). The file is a plain safetensors file with
-one tensor per layer, ``layers.{i}.rows``; data start on a page and the row stride is a multiple of
-the alignment, so that every row can be read by one aligned request.
+A row holds all that one unit of an FFN needs: for a neuron its gate row, its up row and its down
+column (row-column bundling, LLM in a flash, section 3.2), for an expert its matrices, with their
+scales where they are quantised. The file is a plain safetensors file with one tensor per layer,
+``layers.{i}.rows``; data start on a page and the row stride is a multiple of the alignment, so that
+every row can be read by one aligned request. Layers may differ in their rows' layout.
 
 Knows: bytes, offsets, hashes. Does not know: MLX, what the numbers mean, who reads them or when.
 """
@@ -15,155 +16,54 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import DamagedError, ReadError, RowFileError
+from .layout import ITEMSIZE, PAGE, SECTOR, Part, RowLayout, round_up
+
+__all__ = ["PAGE", "SECTOR", "Part", "RowFile", "RowFileWriter", "RowLayout"]
 
 FORMAT = "mlx_flash.rows"
-FORMAT_VERSION = 1
-UNIT = "neuron"
-PAGE = 4096
-SECTOR = 512  # direct I/O on Linux wants addresses, lengths and offsets in multiples of this
-MAX_PADDING = 1 / 8  # share of a row that padding may add before a smaller alignment is taken
+FORMAT_VERSION = 2
+# What a row is: a neuron, an expert, or all that a layer's FFN consists of.
+UNITS = ("neuron", "expert", "layer")
 MAX_HEADER = 1 << 26
 PENDING = "0" * 64  # in place of the hash of a layer that is not written yet
-ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "U32": 4}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a row: ``width`` numbers of ``dtype`` (a safetensors name) at byte ``offset``."""
-
-    name: str
-    dtype: str
-    width: int
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.width * ITEMSIZE[self.dtype]
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """How the bytes of a row are arranged. ``stride`` counts bytes from one row to the next."""
-
-    parts: tuple[Part, ...]
-    alignment: int
-    stride: int
-
-    @classmethod
-    def plan(
-        cls, names: Sequence[str], dtype: str, width: int, alignment: int | None = None
-    ) -> RowLayout:
-        """Lay out parts of equal width.
-
-        Args:
-            names: part names in the order in which they stand in a row.
-            dtype: safetensors dtype of every part.
-            width: numbers in a part, that is d_model.
-            alignment: bytes the stride is a multiple of, a power of two from a sector up; None
-                takes a page, or a sector where padding to a page would add more than an eighth.
-
-        Parts begin on sectors where that padding, too, stays below an eighth: only then can one
-        direct request scatter a row over several places in memory.
-        """
-        raw = width * ITEMSIZE[dtype]
-        padded = _round_up(raw, SECTOR)
-        step = padded if padded <= raw * (1 + MAX_PADDING) else raw
-        used = step * (len(names) - 1) + raw
-        if alignment is None:
-            alignment = PAGE
-            if _round_up(used, PAGE) > raw * len(names) * (1 + MAX_PADDING):
-                alignment = SECTOR
-        if not _is_alignment(alignment):
-            raise ValueError(f"alignment must be a power of two, at least {SECTOR}: {alignment}")
-        parts = tuple(Part(name, dtype, width, i * step) for i, name in enumerate(names))
-        return cls(parts, alignment, _round_up(step * len(names), alignment))
-
-    @property
-    def extents(self) -> tuple[int, ...]:
-        """Bytes that a slot holds of each part: whole sectors where the layout scatters."""
-        if not self.scatters:
-            return tuple(part.nbytes for part in self.parts)
-        return tuple(_round_up(part.nbytes, SECTOR) for part in self.parts)
-
-    @property
-    def scatters(self) -> bool:
-        """Whether direct I/O can put each part of a row into a place of its own."""
-        at = 0
-        for part in self.parts:
-            if part.offset != at:
-                return False
-            at += _round_up(part.nbytes, SECTOR)
-        return at <= self.stride and self.stride % SECTOR == 0
-
-    @property
-    def ideal_bytes(self) -> int:
-        """Bytes of a row without padding."""
-        return sum(part.nbytes for part in self.parts)
-
-    def pack(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-        """Write rows into ``out`` [rows, stride] uint8 from one uint8 [rows, nbytes] per part.
-
-        What lies between the parts is left as it is.
-        """
-        for part, data in zip(self.parts, parts, strict=True):
-            out[:, part.offset : part.offset + part.nbytes] = data
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "parts": [asdict(part) for part in self.parts],
-            "alignment": self.alignment,
-            "stride": self.stride,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> RowLayout:
-        """What ``to_json`` gave; LookupError, TypeError or ValueError where it makes no sense."""
-        parts = tuple(Part(**part) for part in data["parts"])
-        alignment, stride = data["alignment"], data["stride"]
-        numbers = [alignment, stride, *(n for part in parts for n in (part.width, part.offset))]
-        if any(type(n) is not int for n in numbers) or not _is_alignment(alignment):
-            raise ValueError(f"sizes of a row that make no sense: {data!r:.200}")
-        at = 0
-        for part in parts:
-            if part.dtype not in ITEMSIZE or part.width < 1 or part.offset < at:
-                raise ValueError(f"parts of a row overlap or are of no known type: {data!r:.200}")
-            at = part.offset + part.nbytes
-        names = {part.name for part in parts if isinstance(part.name, str)}
-        if not parts or len(names) < len(parts) or at > stride or stride % alignment:
-            raise ValueError(f"parts do not fit a row: {data!r:.200}")
-        return cls(parts, alignment, stride)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where a layer's rows are: byte ``offset`` in the file, number of ``rows``."""
+    """Where a layer's rows are: byte ``offset`` in the file, number of ``rows``, their layout."""
 
     offset: int
     rows: int
+    layout: RowLayout
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.layout.stride
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def each(layouts: RowLayout | Sequence[RowLayout], rows: Sequence[int]) -> list[RowLayout]:
+    """One layout a layer, where the same one may be given for all."""
+    if isinstance(layouts, RowLayout):
+        return [layouts] * len(rows)
+    if len(layouts) != len(rows):
+        raise ValueError(f"{len(layouts)} layouts for {len(rows)} layers")
+    return list(layouts)
 
 
-def _is_alignment(n: int) -> bool:
-    return n >= SECTOR and n & (n - 1) == 0
-
-
-def _tensors(layout: RowLayout, rows: Sequence[int]) -> dict[str, Any]:
+def _tensors(layouts: Sequence[RowLayout], rows: Sequence[int]) -> dict[str, Any]:
     """The header's entries for layers of so many rows; data lie one layer behind the other."""
-    dtype = layout.parts[0].dtype
-    unpadded = layout.stride == layout.ideal_bytes and len({p.dtype for p in layout.parts}) == 1
     entries = {}
     start = 0
-    for i, count in enumerate(rows):
+    for i, (layout, count) in enumerate(zip(layouts, rows, strict=True)):
+        dtype = layout.parts[0].dtype
+        unpadded = layout.stride == layout.ideal_bytes and len({p.dtype for p in layout.parts}) == 1
         stop = start + count * layout.stride
         entries[f"layers.{i}.rows"] = {
             "dtype": dtype if unpadded else "U8",
@@ -174,24 +74,32 @@ def _tensors(layout: RowLayout, rows: Sequence[int]) -> dict[str, Any]:
     return entries
 
 
-def _header(layout: RowLayout, rows: Sequence[int], source: str, hashes: Sequence[str]) -> bytes:
+def _header(
+    layouts: Sequence[RowLayout], rows: Sequence[int], source: str, hashes: Sequence[str], unit: str
+) -> bytes:
+    distinct = list(dict.fromkeys(layouts))
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
-        "unit": UNIT,
-        "layout": json.dumps(layout.to_json()),
+        "unit": unit,
+        "layouts": json.dumps([layout.to_json() for layout in distinct]),
+        "layout_of": json.dumps([distinct.index(layout) for layout in layouts]),
         "source": source,
         "sha256": json.dumps(list(hashes)),
     }
-    header = {"__metadata__": metadata, **_tensors(layout, rows)}
+    header = {"__metadata__": metadata, **_tensors(layouts, rows)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    size = _round_up(8 + len(text), max(PAGE, layout.alignment)) - 8
+    size = round_up(8 + len(text), max(PAGE, *(layout.alignment for layout in distinct))) - 8
     return size.to_bytes(8, "little") + text.ljust(size)
 
 
-def file_bytes(layout: RowLayout, rows: Sequence[int], source: str) -> int:
+def file_bytes(
+    layouts: RowLayout | Sequence[RowLayout], rows: Sequence[int], source: str, unit: str = UNITS[0]
+) -> int:
     """Size in bytes of the row file that these layers make."""
-    return len(_header(layout, rows, source, [PENDING] * len(rows))) + layout.stride * sum(rows)
+    layouts = each(layouts, rows)
+    data = sum(layout.stride * count for layout, count in zip(layouts, rows, strict=True))
+    return len(_header(layouts, rows, source, [PENDING] * len(rows), unit)) + data
 
 
 class RowFile:
@@ -219,13 +127,17 @@ class RowFile:
                 f"{FORMAT_VERSION}; update mlx_flash or convert the model again"
             )
         try:
-            self.layout = RowLayout.from_json(_parse(meta["layout"]))
+            self.unit = meta["unit"]
+            _check(self.unit in UNITS, f"rows are of unit {self.unit!r}")
+            distinct = [RowLayout.from_json(x) for x in _checked(list, _parse(meta["layouts"]))]
+            which = [_checked(int, x) for x in _checked(list, _parse(meta["layout_of"]))]
+            _check(min(which, default=-1) >= 0, f"layouts of layers: {which!r:.80}")
+            layouts = [distinct[i] for i in which]
             self.source = _checked(str, meta["source"])
             self.hashes = [_checked(str, x) for x in _checked(list, _parse(meta["sha256"]))]
-            self.layers = _layers(header, data_start, self.layout)
+            self.layers = _layers(header, data_start, layouts)
             sound = [x for x in self.hashes if re.fullmatch("[0-9a-f]{64}", x)]
             _check(len(sound) == len(self.hashes) == len(self.layers), "not one hash a layer")
-            _check(meta["unit"] == UNIT, f"rows are of unit {meta['unit']!r}")
         except (LookupError, TypeError, ValueError) as error:
             raise RowFileError(
                 f"{self.path} has a row file header that makes no sense ({error}); "
@@ -237,7 +149,7 @@ class RowFile:
                 "run the conversion again, it goes on there"
             )
         last = self.layers[-1]
-        self.bytes = last.offset + last.rows * self.layout.stride
+        self.bytes = last.offset + last.nbytes
         found = self.path.stat().st_size
         if found != self.bytes:
             raise DamagedError(
@@ -247,12 +159,22 @@ class RowFile:
             )
 
     @property
+    def layout(self) -> RowLayout:
+        """Of the rows of the first layer; of all rows where they are neurons."""
+        return self.layers[0].layout
+
+    @property
+    def layouts(self) -> list[RowLayout]:
+        """The different layouts of the layers."""
+        return list(dict.fromkeys(layer.layout for layer in self.layers))
+
+    @property
     def fingerprint(self) -> str:
         """A hash of all layers' hashes: what ties the file to its model directory."""
         return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
 
     def layer_bytes(self, layer: int) -> int:
-        return self.layers[layer].rows * self.layout.stride
+        return self.layers[layer].nbytes
 
     def verify(self, layer: int, progress: Callable[[int], Any] | None = None) -> None:
         """Hash a layer's bytes again; DamagedError names the layer where the hash differs."""
@@ -306,13 +228,18 @@ def _checked(kind: type, value: Any) -> Any:
     return value
 
 
-def _layers(header: dict[str, Any], data_start: int, layout: RowLayout) -> list[Layer]:
-    """Where the layers are; their entries must be the very ones that the layout makes."""
+def _layers(header: dict[str, Any], data_start: int, layouts: list[RowLayout]) -> list[Layer]:
+    """Where the layers are; their entries must be the very ones that the layouts make."""
     rows = [_checked(int, header[f"layers.{i}.rows"]["shape"][0]) for i in range(len(header))]
     _check(bool(rows) and min(rows) > 0, f"rows of layers: {rows!r:.80}")
-    _check(header == _tensors(layout, rows), "tensors are not those of its layout")
-    _check(data_start % layout.alignment == 0, f"data start at byte {data_start}")
-    return [Layer(data_start + layout.stride * sum(rows[:i]), n) for i, n in enumerate(rows)]
+    _check(len(layouts) == len(rows), f"layouts of {len(layouts)} layers, not {len(rows)}")
+    _check(header == _tensors(layouts, rows), "tensors are not those of its layouts")
+    layers, at = [], data_start
+    for layout, count in zip(layouts, rows, strict=True):
+        _check(at % layout.alignment == 0, f"a layer's data start at byte {at}")
+        layers.append(Layer(at, count, layout))
+        at += layers[-1].nbytes
+    return layers
 
 
 def _hash_file_range(
@@ -342,15 +269,26 @@ class RowFileWriter:
 
     Args:
         path: file to make or to resume; it counts as finished only when every hash is there.
-        layout: of a row.
+        layout: of a row, one for all layers or one for each; all have the same alignment.
         rows: number of rows of each layer.
         source: names what is being converted and how; a file of another source is begun anew.
+        unit: what a row is, one of ``UNITS``.
     """
 
-    def __init__(self, path: Path, layout: RowLayout, rows: Sequence[int], source: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: RowLayout | Sequence[RowLayout],
+        rows: Sequence[int],
+        source: str,
+        unit: str = UNITS[0],
+    ) -> None:
         if not rows or min(rows) < 1:
             raise ValueError(f"every layer needs at least one row, got {rows}")
-        self.path, self.layout, self.rows, self.source = path, layout, list(rows), source
+        self.layouts = each(layout, rows)
+        if len({layout.alignment for layout in self.layouts}) > 1:
+            raise ValueError("layers of one file have rows of one alignment")
+        self.path, self.rows, self.source, self.unit = path, list(rows), source, unit
         self.hashes = [PENDING] * len(self.rows)
         self._data_start = len(self._header_bytes())
         resumed = self._adopt()
@@ -391,10 +329,11 @@ class RowFileWriter:
             self._fd = -1
 
     def _header_bytes(self) -> bytes:
-        return _header(self.layout, self.rows, self.source, self.hashes)
+        return _header(self.layouts, self.rows, self.source, self.hashes, self.unit)
 
     def _offset(self, layer: int) -> int:
-        return self._data_start + self.layout.stride * sum(self.rows[:layer])
+        before = zip(self.layouts[:layer], self.rows[:layer], strict=True)
+        return self._data_start + sum(layout.stride * count for layout, count in before)
 
     def _write_header(self) -> None:
         self._write_at(0, memoryview(self._header_bytes()))
@@ -412,7 +351,7 @@ class RowFileWriter:
             hashes = _checked(list, _parse(header["__metadata__"]["sha256"]))
         except (RowFileError, LookupError, TypeError, ValueError):
             return False
-        expected = _header(self.layout, self.rows, self.source, hashes)
+        expected = _header(self.layouts, self.rows, self.source, hashes, self.unit)
         if len(hashes) != len(self.rows) or self._header_on_disk() != expected:
             return False
         for layer, recorded in enumerate(hashes):

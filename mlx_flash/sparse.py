@@ -64,11 +64,14 @@ class RowStream:
     """
 
     def __init__(self, reader: RowReader, rows: int, parts: Sequence[str] | None = None) -> None:
-        self.capacity = chunk_rows(reader.layout.stride, rows)
+        layout = reader.file.layout
+        self.capacity = chunk_rows(layout.stride, rows)
         self.wait_seconds = 0.0
         self.rows_read = 0
         self._reader = reader
-        self._buffers = [SlotMemory(reader.layout, self.capacity, parts=parts) for _ in range(2)]
+        self._buffers = [
+            SlotMemory(reader.file.layout, self.capacity, parts=parts) for _ in range(2)
+        ]
         self._built_on: list[list[mx.array]] = [[], []]
         self._turn = 0
 

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .cache import SlotMemory
+from .cache import SlotMemory, slot_bytes
+from .layout import RowLayout
 from .reader import RowReader
+
+Size = tuple[int, RowLayout]  # rows of a layer, and how they are laid out
 
 
 @dataclass
@@ -37,22 +40,32 @@ class LayerStream:
     ``acquire`` hands out a layer's rows as soon as they are there; ``done`` says that an array
     which was computed from them has been asked for, after which the buffer is used again. One
     layer may be held at a time. When a layer is asked for out of turn (a forward pass was broken
-    off), the cycle starts again at that layer.
+    off), the cycle starts again at that layer. ``exact``: see ``SlotMemory``.
     """
 
-    def __init__(self, reader: RowReader, layers: Sequence[int], buffers: int = 2) -> None:
+    def __init__(
+        self, reader: RowReader, layers: Sequence[int], buffers: int = 2, exact: bool = False
+    ) -> None:
         if not layers or len(set(layers)) < len(layers) or buffers < 1:
             raise ValueError(f"no stream of layers {list(layers)} through {buffers} buffers")
         self.layers = list(layers)
-        rows = [reader.file.layers[i].rows for i in self.layers]
         count = min(buffers, len(self.layers))
-        self.buffers = [_sizes(reader, sorted(set(rows), reverse=True)) for _ in range(count)]
+        self.buffers = [_sizes(reader, self.layers, exact) for _ in range(count)]
         self.wait_seconds = 0.0
         self.rows_acquired = 0
         self._reader = reader
-        self._rows = dict(zip(self.layers, rows, strict=True))
+        self._size = {i: _size(reader, i) for i in self.layers}
+        layer_of = {size: i for i, size in self._size.items()}
         self._prepared = [
-            {n: reader.prepare(np.arange(n), np.arange(n), m.views) for n, m in sizes.items()}
+            {
+                size: reader.prepare(
+                    np.arange(memory.capacity),
+                    np.arange(memory.capacity),
+                    memory.views,
+                    layer_of[size],
+                )
+                for size, memory in sizes.items()
+            }
             for sizes in self.buffers
         ]
         self._ahead: deque[_Ahead] = deque()
@@ -65,7 +78,7 @@ class LayerStream:
         Args:
             before: what the layer's input is computed from; it is set going while the rows come.
         """
-        if layer not in self._rows:
+        if layer not in self._size:
             raise ValueError(f"layer {layer} is not streamed, only {self.layers}")
         mx.async_eval(before)
         self._let_go()
@@ -80,8 +93,9 @@ class LayerStream:
             raise
         ahead = self._ahead.popleft()
         self._held = (ahead, None)
-        self.rows_acquired += self._rows[layer]
-        return self.buffers[ahead.buffer][self._rows[layer]]
+        memory = self.buffers[ahead.buffer][self._size[layer]]
+        self.rows_acquired += memory.capacity
+        return memory
 
     def done(self, result: mx.array) -> None:
         """``result`` was built on the rows acquired last; their buffer is free once it is there."""
@@ -116,7 +130,7 @@ class LayerStream:
     def _read_ahead(self, buffer: int) -> None:
         layer = self.layers[self._next]
         self._next = (self._next + 1) % len(self.layers)
-        prepared = self._prepared[buffer][self._rows[layer]]
+        prepared = self._prepared[buffer][self._size[layer]]
         self._ahead.append(_Ahead(layer, buffer, self._reader.submit(layer, prepared)))
 
     def _restart(self, layer: int) -> None:
@@ -131,8 +145,19 @@ class LayerStream:
         self._ahead.clear()
 
 
-def _sizes(reader: RowReader, rows: list[int]) -> dict[int, SlotMemory]:
-    """One buffer, laid out for each number of rows that a layer has; all share its memory."""
-    largest = SlotMemory(reader.layout, rows[0])
-    rest = {n: SlotMemory(reader.layout, n, share=largest) for n in rows[1:]}
-    return {rows[0]: largest, **rest}
+def _size(reader: RowReader, layer: int) -> Size:
+    extent = reader.file.layers[layer]
+    return extent.rows, extent.layout
+
+
+def _sizes(reader: RowReader, layers: Sequence[int], exact: bool) -> dict[Size, SlotMemory]:
+    """One buffer, laid out for each kind of layer that there is; all share its memory."""
+    sizes = sorted(
+        dict.fromkeys(_size(reader, i) for i in layers),
+        key=lambda size: size[0] * slot_bytes(size[1]),
+        reverse=True,
+    )
+    rows, layout = sizes[0]
+    largest = SlotMemory(layout, rows, exact=exact)
+    rest = {(n, other): SlotMemory(other, n, share=largest, exact=exact) for n, other in sizes[1:]}
+    return {sizes[0]: largest, **rest}

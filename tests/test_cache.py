@@ -303,14 +303,14 @@ def test_memory_too_large_for_mlx_is_refused(monkeypatch):
     with pytest.raises(MemoryError):
         SlotMemory(layout, 2**31 // 4096 + 1)  # more than 2 GiB of 2 byte numbers are fine
     ((shape, dtype),) = sizes
-    assert shape[0] < 2**31 and dtype == mx.uint16
+    assert shape[0] < 2**31 and dtype == mx.uint32
 
 
 MEMORIES = {
     "staged": RowLayout.plan(["gate", "up", "down"], "BF16", 64),
     "pages": RowLayout.plan(["gate", "up", "down"], "F32", 1024),
     "padded": RowLayout.plan(["gate", "up", "down"], "F32", 1026),
-    "unlike": RowLayout((Part("gate", "F32", 8, 0), Part("up", "BF16", 50, 32)), 512, 512),
+    "unlike": RowLayout((Part("gate", "F32", (8,), 0), Part("up", "BF16", (50,), 32)), 512, 512),
 }
 
 
@@ -361,8 +361,8 @@ def test_joined_parts(layout):
 
 
 def test_parts_unlike_are_not_joined():
-    for second in (Part("up", "BF16", 16, 32), Part("up", "F32", 9, 32)):
-        memory = SlotMemory(RowLayout((Part("gate", "F32", 8, 0), second), 512, 512), 3)
+    for second in (Part("up", "BF16", (16,), 32), Part("up", "F32", (9,), 32)):
+        memory = SlotMemory(RowLayout((Part("gate", "F32", (8,), 0), second), 512, 512), 3)
         with pytest.raises(CacheError, match="behind each other"):
             memory.joined("gate", "up")
 

@@ -80,7 +80,7 @@ def test_wide_rows_scatter(tmp_path):
     )
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     model = load_model(directory, kept_share=0.3)
-    assert model.flash.reader.scatters
+    assert model.flash.reader.file.layout.scatters
     dense, _ = utils.load_model(source)
     assert mx.array_equal(logits(model), logits(dense))
     assert greedy(model, 32) == greedy(dense, 32)

@@ -129,11 +129,11 @@ def test_alignment_can_be_asked_for():
 
 
 def test_parts_off_sectors_do_not_scatter():
-    assert RowLayout((Part("a", "F32", 128, 0), Part("b", "F32", 128, 512)), 512, 1024).scatters
+    assert RowLayout((Part("a", "F32", (128,), 0), Part("b", "F32", (128,), 512)), 512, 1024).scatters
     for offset in (516, 1024):
-        parts = (Part("a", "F32", 128, 0), Part("b", "F32", 128, offset))
+        parts = (Part("a", "F32", (128,), 0), Part("b", "F32", (128,), offset))
         assert not RowLayout(parts, 512, 2048).scatters
-    assert not RowLayout((Part("a", "F32", 130, 0),), 520, 520).scatters
+    assert not RowLayout((Part("a", "F32", (130,), 0),), 520, 520).scatters
 
 
 # Writing and opening
@@ -184,7 +184,7 @@ def test_safetensors_reads_the_file(tmp_path, name, dtype, columns):
         meta = f.metadata()
         assert meta["format"] == "mlx_flash.rows" and meta["unit"] == "neuron"
         assert json.loads(meta["sha256"]) == file.hashes
-        assert [p["name"] for p in json.loads(meta["layout"])["parts"]] == [
+        assert [p["name"] for p in json.loads(meta["layouts"])[0]["parts"]] == [
             p.name for p in LAYOUTS[name].parts
         ]
         for i, block in enumerate(layers):
@@ -323,7 +323,7 @@ def test_a_later_version_is_refused(tmp_path):
     path = tmp_path / "rows.safetensors"
     make(path, LAYOUTS["small"], [5, 2])
     header, _ = header_of(path)
-    for version in ("2", 1, None):
+    for version in ("3", "1", 2, None):
         header["__metadata__"]["format_version"] = version
         with pytest.raises(RowFileError, match=f"version {version}.*update"):
             RowFile(with_header(path, header, tmp_path / "later"))
@@ -372,7 +372,7 @@ def contradictions(header: dict) -> Iterator[tuple[str, dict]]:
         return what, changed
 
     meta = header["__metadata__"]
-    layout, hashes = json.loads(meta["layout"]), json.loads(meta["sha256"])
+    layout, hashes = json.loads(meta["layouts"])[0], json.loads(meta["sha256"])
     entry = header["layers.0.rows"]
     for key in meta:
         yield f"{key} number", change("", "__metadata__", key, to=7)[1]
@@ -381,9 +381,11 @@ def contradictions(header: dict) -> Iterator[tuple[str, dict]]:
         yield f"no {key}", changed
     for value in ([], "x", 3, None):
         yield change(f"metadata {value!r}", "__metadata__", to=value)
-    yield change("unit", "__metadata__", "unit", to="expert")
+    yield change("unit", "__metadata__", "unit", to="atom")
+    for value in ([0], [0, 0, 0], [0, 1], [0, -1], [0, "0"], [0, None], {}, 0):
+        yield change(f"layout of {value}", "__metadata__", "layout_of", to=json.dumps(value))
     for value in ("", "{}", "[]", "null", "3", "{", "[" * 100_000):
-        yield change(f"layout {value:.9}", "__metadata__", "layout", to=value)
+        yield change(f"layouts {value:.9}", "__metadata__", "layouts", to=value)
         yield change(f"sha256 {value:.9}", "__metadata__", "sha256", to=value)
     for value in (
         hashes[:1],
@@ -397,22 +399,22 @@ def contradictions(header: dict) -> Iterator[tuple[str, dict]]:
     odd = [None, -1, 0, 1.5, "x", [], {}, True, float("inf"), float("nan"), 10**30]
     for key in ("alignment", "stride"):
         for value in [*odd, 513, layout["stride"] * 2, 2**40]:
-            changed = json.dumps({**layout, key: value})
-            yield change(f"{key} {value}", "__metadata__", "layout", to=changed)
+            changed = json.dumps([{**layout, key: value}])
+            yield change(f"{key} {value}", "__metadata__", "layouts", to=changed)
     for key in layout["parts"][1]:
         values = {
             "name": ["gate", 5, None, []],
             "dtype": ["F8", 5, None, [], "I64"],
-            "width": [*odd, 1000],
+            "shape": [*odd, [1000], [-1], [0], [128, 0], [1.5], [None], [True], ["x"], [10**30]],
         }
         for value in values.get(key, [-1, 1.5, "x", None, [], True, 10**30, 127, 511]):
             parts = copy.deepcopy(layout["parts"])
             parts[1][key] = value
-            changed = json.dumps({**layout, "parts": parts})
-            yield change(f"part {key} {value}", "__metadata__", "layout", to=changed)
+            changed = json.dumps([{**layout, "parts": parts}])
+            yield change(f"part {key} {value}", "__metadata__", "layouts", to=changed)
     for parts in ([], {}, None, [{}], [[]], ["x"], [{**layout["parts"][0], "more": 1}]):
-        changed = json.dumps({**layout, "parts": parts})
-        yield change(f"parts {parts}", "__metadata__", "layout", to=changed)
+        changed = json.dumps([{**layout, "parts": parts}])
+        yield change(f"parts {parts}", "__metadata__", "layouts", to=changed)
     for key, value in entry.items():
         for other in [*odd, [], [1], [[], []], [-1, 5], [0, 0], [5, 0], [True, True], ["a", "b"]]:
             yield change(f"{key} {other}", "layers.0.rows", key, to=other)
@@ -428,9 +430,9 @@ def contradictions(header: dict) -> Iterator[tuple[str, dict]]:
         changed = {"__metadata__": {**meta, "sha256": json.dumps(hashes[:1])}}
         yield f"{count} rows", {**changed, "layers.0.rows": odd_entry}
     parts = copy.deepcopy(layout["parts"])
-    parts[-1]["width"] = (layout["stride"] - parts[-1]["offset"]) // 2 + 1
-    changed = json.dumps({**layout, "parts": parts})
-    yield change("the last part is too wide", "__metadata__", "layout", to=changed)
+    parts[-1]["shape"] = [(layout["stride"] - parts[-1]["offset"]) // 2 + 1]
+    changed = json.dumps([{**layout, "parts": parts}])
+    yield change("the last part is too wide", "__metadata__", "layouts", to=changed)
     yield change("another tensor", "weight", to=entry)
     yield change("layer 3 of 3", "layers.3.rows", to=entry)
     yield "no tensor", {"__metadata__": meta}

@@ -217,7 +217,7 @@ def test_restart_out_of_turn(opened, layout, buffers):
 def fail_in(monkeypatch, reader: RowReader, layer: int) -> None:
     """Reads of a layer fail."""
     where = reader.file.layers[layer]
-    stop = where.offset + where.rows * reader.layout.stride
+    stop = where.offset + where.rows * reader.file.layout.stride
     real = os.preadv
 
     def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
@@ -359,8 +359,8 @@ def test_layers_with_different_rows_share_a_buffer(opened, layout):
     reader, _ = opened
     stream = LayerStream(reader, range(5), 2)
     for sizes in stream.buffers:
-        assert sorted(sizes) == [4, 6, 7, 9]
-        assert sum(memory.nbytes for memory in sizes.values()) == sizes[9].nbytes
+        assert sorted(rows for rows, _ in sizes) == [4, 6, 7, 9]
+        assert sum(memory.nbytes for memory in sizes.values()) == sizes[9, layout].nbytes
         assert len({memory.views[0].ctypes.data for memory in sizes.values()}) == 1
 
 
