@@ -43,6 +43,12 @@ def get_classes(config: dict[str, Any]) -> tuple[type, type]:
     return refit(*_classes(config, module or REFITTED.get(model_type)), ffn)
 
 
+def make_model(config: dict[str, Any]) -> Any:
+    """An instance of a config's model, its weights random and never evaluated."""
+    model_class, args_class = get_classes(config)
+    return model_class(args_class.from_dict(config))
+
+
 def _classes(config: dict[str, Any], module: str | None) -> tuple[type, type]:
     if module:
         found = importlib.import_module(f".models.{module}", __package__)

@@ -42,6 +42,13 @@ def check_settings(
     max_loss: float,
 ) -> Settings:
     """The settings, complete; raises CalibrationError where they make no sense for the model."""
+    if directory.unit != "neuron":
+        why = (
+            "its router says which experts a token needs"
+            if directory.mixture
+            else "its quantised FFNs are read whole; convert the float checkpoint"
+        )
+        raise CalibrationError(f"{directory.path} has no neurons to predict: {why}")
     ffn = directory.ffn
     kind = kind or ("low-rank" if families.has_zeros(ffn) else "threshold")
     if kind not in TOKENS:
@@ -56,7 +63,7 @@ def check_settings(
             families.gate_function(ffn)
         except ModelError as error:
             raise CalibrationError(f"no threshold can be set for this model: {error}") from error
-    d_model = directory.rows.layout.parts[0].width
+    d_model = directory.d_model
     if rank != "auto" and (not isinstance(rank, int) or not 1 <= rank <= d_model):
         raise CalibrationError(f"rank {rank!r}; expected auto or 1 to {d_model}, the model's width")
     if not 0 < target_recall < 1:

@@ -1,8 +1,9 @@
 """A checkpoint to convert: Hugging Face directories, hub names, and which file is a GGUF.
 
 A checkpoint has ``config``, ``shapes`` and ``dtypes`` by mlx-lm's weight names, a ``fingerprint``,
-``predictors`` that ship with it, ``take(name)`` which reads one tensor, and ``write_tokenizer``.
-``GGUFCheckpoint`` is the other one.
+``predictors`` that ship with it, ``take(name)`` which reads one tensor, and ``write_tokenizer``. A
+quantised tensor is several, under mlx-lm's names (see ``quantization``). ``GGUFCheckpoint`` is the
+other one.
 
 Knows: files of a checkpoint, mlx-lm's ``sanitize``. Does not know: rows, where they go.
 """
@@ -13,18 +14,26 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
-from .architectures import get_classes
-from .directory import find_ffn, read_config
+from . import families
+from .architectures import make_model
+from .directory import find_place, read_config
 from .errors import DamagedError, ModelError
+from .families import Ffn, rowwise
 from .gguf_source import GGUFCheckpoint
+from .packed import Scheme, scheme
+from .quantization import found_in, quantise_modules, recipe_predicate
 from .shipped import shipped
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -33,6 +42,8 @@ NOT_SIDE_FILES = ("config.json", "*.index.json", "*.safetensors*")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 LISTED = 20  # offenders named in a message
+QUANTIZATION_KEYS = ("quantization", "quantization_config")
+PACKED = (mx.uint32, mx.uint8)
 
 
 class Checkpoint(Protocol):
@@ -43,6 +54,7 @@ class Checkpoint(Protocol):
     dtypes: dict[str, mx.Dtype]
     fingerprint: str
     predictors: dict[str, mx.array]
+    row_scheme: Scheme | None  # how neurons' down columns are to be quantised, gate and up are
 
     def take(self, name: str) -> mx.array:
         """One tensor, evaluated; each name once."""
@@ -51,15 +63,33 @@ class Checkpoint(Protocol):
         """Put tokenizer files, licence and card into a directory."""
 
 
-def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
-    """Open a GGUF file, a Hugging Face directory or a hub name.
+@dataclass(frozen=True)
+class Packing:
+    """What becomes of a checkpoint's numbers.
 
     Args:
-        source: path or hub name ("org/name").
         dtype: float16, bfloat16 or float32 to cast floats to; None keeps the checkpoint's.
+        scheme: how to quantise; None leaves numbers as they are.
+        recipe: one of mlx-lm's mixed recipes, more bits for some layers.
+        dequantize: make floats of a quantised checkpoint.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+
+    dtype: str | None = None
+    scheme: Scheme | None = None
+    recipe: str | None = None
+    dequantize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in FLOATS:
+            raise ModelError(f"dtype {self.dtype!r} is not one of {', '.join(FLOATS)}")
+        if self.scheme and self.dequantize:
+            raise ModelError("quantise or dequantise, not both")
+        if self.recipe and not self.scheme:
+            raise ModelError(f"recipe {self.recipe} is for quantising; ask for that, too (-q)")
+
+
+def open_checkpoint(source: str | Path, packing: Packing = Packing()) -> Checkpoint:
+    """Open a GGUF file, a Hugging Face directory or a hub name ("org/name")."""
     path = Path(source)
     try:
         is_file, exists = path.is_file(), path.exists()
@@ -71,10 +101,15 @@ def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
                 f"{path} is a file but no .gguf; expected a GGUF file, a Hugging Face directory "
                 "or a hub name"
             )
-        return GGUFCheckpoint(path, dtype)
+        if packing.scheme:
+            raise ModelError(
+                f"{path}: a GGUF is not quantised anew; leave -q out (its Q4_0, Q4_1 and Q8_0 are "
+                "kept as they are), or quantise the float checkpoint"
+            )
+        return GGUFCheckpoint(path, packing.dtype, packing.dequantize)
     if not exists:
         path = _download(str(source))
-    return HFCheckpoint(path, dtype)
+    return HFCheckpoint(path, packing)
 
 
 def _download(name: str) -> Path:
@@ -97,26 +132,47 @@ def _download(name: str) -> Path:
 class HFCheckpoint:
     """A Hugging Face directory of safetensors, under mlx-lm's names after its ``sanitize``.
 
-    Nothing is read until ``take``; the memory it needs is that of one tensor.
+    Nothing is read until ``take``; the memory it needs is that of one tensor, or of as many
+    experts as mlx-lm stacks in one.
     """
 
-    def __init__(self, path: Path, dtype: str | None = None) -> None:
+    def __init__(self, path: Path, packing: Packing = Packing()) -> None:
         self.path = path
         self.config = read_config(path)
+        self._dtype = FLOATS[packing.dtype] if packing.dtype else None
         _refuse_unfit(path, self.config)
-        find_ffn(self.config, path)
-        self._dtype = FLOATS[dtype] if dtype else None
+        ffn, _ = find_place(self.config, path)
+        with _naming(path):
+            quantization = found_in(self.config)
         try:
             files = _weight_files(path)
             self.fingerprint = _fingerprint(path, files)
         except OSError as error:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
-        self._weights, self.predictors = _load_lazily(path, self.config, files)
-        self.shapes = {name: tuple(w.shape) for name, w in self._weights.items()}
-        self.dtypes = {name: self._target(name, w.dtype) for name, w in self._weights.items()}
-        if dtype:
+        model, weights, self.predictors = _load_lazily(path, self.config, files)
+        self.row_scheme: Scheme | None = None
+        with _naming(path):
+            if quantization:
+                if packing.scheme:
+                    raise ModelError(
+                        f"quantised already ({scheme(quantization)}); leave -q out, or convert the "
+                        "float checkpoint"
+                    )
+                self._set_quantization(quantise_modules(model, quantization, weights))
+            # Only now: sanitize may set the model up by what is there (gemma3 ties its head).
+            _compare(path, dict(tree_flatten(model.parameters())), weights)
+            if quantization and packing.dequantize:
+                model.load_weights(list(weights.items()))
+                weights = dict(tree_flatten(utils.dequantize_model(model).parameters()))
+                self._set_quantization(None)
+            if packing.scheme:
+                weights = self._quantise(model, weights, ffn, packing)
+        self._weights = weights
+        self.shapes = {name: tuple(w.shape) for name, w in weights.items()}
+        self.dtypes = {name: self._target(name, w.dtype) for name, w in weights.items()}
+        if packing.dtype:
             key = "dtype" if "dtype" in self.config else "torch_dtype"
-            self.config[key] = dtype
+            self.config[key] = packing.dtype
 
     def take(self, name: str) -> mx.array:
         weight = self._weights.pop(name)
@@ -135,6 +191,54 @@ class HFCheckpoint:
             )
         return cast
 
+    def _quantise(
+        self, model: nn.Module, weights: dict[str, mx.array], ffn: Ffn | None, packing: Packing
+    ) -> dict[str, mx.array]:
+        """The weights as mlx-lm quantises them, but for down projections cut into rows."""
+        target, asked = self._dtype, packing.scheme
+        if target:
+            weights = {
+                name: w.astype(target) if mx.issubdtype(w.dtype, mx.floating) else w
+                for name, w in weights.items()
+            }
+        model.load_weights(list(weights.items()))
+        predicate = recipe_predicate(packing.recipe, model, asked.group_size)
+        own = getattr(model, "quant_predicate", None) if predicate is None else predicate
+        rows: set[str] = set()
+        if ffn and rowwise(ffn):
+            if packing.recipe:
+                raise ModelError(
+                    f"recipe {packing.recipe} is for mixtures and models without zeros in their "
+                    "FFN; this one's rows all have the same number of bits"
+                )
+            self.row_scheme = asked
+            for path, module in families.modules(model, ffn):
+                asked.words(module[ffn.down].weight.shape[0])  # d_model in whole groups
+                rows.add(f"{path}.{ffn.down}")
+
+        def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            return path not in rows and (own is None or own(path, module))
+
+        model, config = utils.quantize_model(
+            model,
+            {k: v for k, v in self.config.items() if k not in QUANTIZATION_KEYS},
+            asked.group_size,
+            asked.bits,
+            mode=asked.mode,
+            quant_predicate=choose,
+        )
+        self._set_quantization(config["quantization"])
+        return dict(tree_flatten(model.parameters()))
+
+    def _set_quantization(self, quantization: dict[str, Any] | None) -> None:
+        """Put mlx-lm's dict, and nothing else about quantisation, into the config."""
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            for key in QUANTIZATION_KEYS:
+                config.pop(key, None)
+        if quantization:
+            self.config["quantization"] = quantization
+
     def write_tokenizer(self, out: Path) -> None:
         for pattern in SIDE_FILES:
             for file in sorted(self.path.glob(pattern)):
@@ -142,12 +246,25 @@ class HFCheckpoint:
                     shutil.copyfile(file, out / file.name)
 
     def _target(self, name: str, dtype: mx.Dtype) -> mx.Dtype:
+        if dtype in PACKED and "quantization" in self.config:
+            return dtype
         if dtype not in FLOATS.values():
             raise ModelError(
                 f"tensor {name} is {str(dtype).rpartition('.')[2]}; expected one of "
-                f"{', '.join(FLOATS)} (quantised checkpoints are not supported yet)"
+                f"{', '.join(FLOATS)}, or mlx-lm's own quantisation (quantization in config.json)"
             )
         return self._dtype or dtype
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a checkpoint's quantisation name the checkpoint."""
+    try:
+        yield
+    except ModelError as error:
+        if str(path) in str(error):
+            raise
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _refuse_unfit(path: Path, config: dict[str, Any]) -> None:
@@ -159,16 +276,10 @@ def _refuse_unfit(path: Path, config: dict[str, Any]) -> None:
             f"{path} brings its own code ({config['model_file']}), which is not run; "
             "expected a model that mlx-lm has"
         )
-    text = config.get("text_config")
-    configs = [config, text if isinstance(text, dict) else {}]
-    keys = ("quantization", "quantization_config")
-    found = [f"{key} in config.json" for c in configs for key in keys if c.get(key)]
     if (path / "hf_quant_config.json").exists():
-        found.append("hf_quant_config.json")
-    if found:
         raise ModelError(
-            f"{path} is quantised ({found[0]}), which this version cannot page; "
-            "use the float checkpoint, or a GGUF"
+            f"{path} is quantised (hf_quant_config.json), which is not read; use the float "
+            "checkpoint, or one in mlx-lm's own quantisation"
         )
 
 
@@ -227,8 +338,8 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
 
 def _load_lazily(
     path: Path, config: dict[str, Any], files: list[Path]
-) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """Weights under mlx-lm's names, and the tensors of predictors under the checkpoint's."""
+) -> tuple[nn.Module, dict[str, mx.array], dict[str, mx.array]]:
+    """The model, its weights under mlx-lm's names, predictors under the checkpoint's names."""
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
@@ -236,8 +347,7 @@ def _load_lazily(
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
     try:
-        model_class, args_class = get_classes(config)
-        model = model_class(args_class.from_dict(config))
+        model = make_model(config)
         model(mx.zeros((1, 1), mx.int32), cache=make_prompt_cache(model))  # built, not evaluated
     except Exception as error:  # the config drives foreign code, which may fail in any way
         raise ModelError(
@@ -255,9 +365,7 @@ def _load_lazily(
                 f"the tensors of {path} do not fit config.json, one is missing or of the wrong "
                 f"shape: {type(error).__name__}: {error}"
             ) from error
-    # Only now: sanitize may set the model up by what is there (gemma3 ties its head).
-    _compare(path, dict(tree_flatten(model.parameters())), weights)
-    return weights, predictors
+    return model, weights, predictors
 
 
 def _compare(path: Path, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:

@@ -3,7 +3,7 @@
 After an interruption at any moment the same command goes on at the first layer whose hash does not
 hold; what comes out is the same to the byte.
 
-Knows: order of work, what a row is made of. Does not know: file formats of sources
+Knows: order of work. Does not know: what a row is made of (``units``), file formats of sources
 (``checkpoint``, ``gguf_source``) or of rows (``rows``), what may be overwritten (``output``).
 """
 
@@ -14,29 +14,28 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm import utils
 
-from . import families, output, predictor_file
-from .architectures import get_classes
-from .cache import DTYPES, UNITS
-from .checkpoint import Checkpoint, open_checkpoint
-from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_ffn
-from .errors import ModelError
-from .families import Ffn, projections, weight_shapes
+from . import output, predictor_file
+from .architectures import make_model
+from .cache import DTYPES
+from .checkpoint import Checkpoint, Packing, open_checkpoint
+from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_place
+from .packed import request
 from .predictor_file import Predictors
-from .rows import RowFileWriter, RowLayout, file_bytes, sha256_of
+from .rows import RowFileWriter, file_bytes, sha256_of
 from .shipped import fold
+from .units import CODES, plan_rows, raw
 
-BLOCK_BYTES = 16 << 20
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-Progress = Callable[[int], Any]
 
 
 def convert(
@@ -44,6 +43,12 @@ def convert(
     out: str | Path,
     *,
     dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | None = None,
+    dequantize: bool = False,
     force: bool = False,
     progress: Callable[[int, str], Any] | None = None,
 ) -> Path:
@@ -52,8 +57,13 @@ def convert(
     Args:
         source: path or hub name.
         out: directory to make; must not exist unless ``force``.
-        dtype: float16, bfloat16 or float32; None keeps the checkpoint's float type (bfloat16 for
-            a quantised GGUF).
+        dtype: float16, bfloat16 or float32; None keeps the checkpoint's float type.
+        quantize: quantise, as mlx-lm's ``convert`` does (a checkpoint that is quantised already
+            is kept as it is, without being asked). A neuron that can be read alone gets scales of
+            its own, along d_model.
+        q_bits, q_group_size, q_mode: how; None takes the mode's defaults (affine: 4 bits, 64).
+        quant_predicate: one of mlx-lm's mixed recipes, such as mixed_4_6.
+        dequantize: make floats of a quantised checkpoint.
         force: replace an existing model directory, at the end and only when all is done.
         progress: called first as (total bytes, "total"), then as (bytes, "layer 3") or the like;
             these add up to the total.
@@ -64,8 +74,11 @@ def convert(
     """
     target = Path(out).absolute()
     output.check_target(target, force, source)
-    checkpoint = open_checkpoint(source, dtype)
-    job = _Job(checkpoint, dtype, Path(source).absolute().name)
+    asked = quantize or q_bits is not None or q_group_size is not None or q_mode != "affine"
+    scheme = request(q_bits, q_group_size, q_mode) if asked else None
+    packing = Packing(dtype, scheme, quant_predicate, dequantize)
+    checkpoint = open_checkpoint(source, packing)
+    job = _Job(checkpoint, packing, Path(source).absolute().name)
     output.check_disk(target, job.disk_bytes)
     with output.working_directory(target, job.key) as partial:
         output.check_target(target, force, source)  # again, now that nobody else writes it
@@ -84,31 +97,26 @@ def convert(
 class _Job:
     """What is to be written, worked out from shapes before anything is read."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str | None, name: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
-        self.ffn = find_ffn(checkpoint.config, Path(name))
-        self.layers = _ffn_names(checkpoint, self.ffn)
-        down = [names["down"] for names in self.layers]
-        self.d_model = checkpoint.shapes[down[0]][0]
-        self.rows = [checkpoint.shapes[name][1] for name in down]
-        weights = {name for names in self.layers for name in names.values()}
-        types = {checkpoint.dtypes[name] for name in weights}
-        if len(types) != 1:
-            raise ModelError(
-                f"FFN weights are of several types ({', '.join(sorted(CODES[t] for t in types))}); "
-                "choose one with --dtype"
-            )
-        self.dtype = types.pop()
-        self.layout = RowLayout.plan(self.ffn.parts, CODES[self.dtype], self.d_model)
-        self.shards = _shards(checkpoint, sorted(checkpoint.shapes.keys() - weights))
-        what = [checkpoint.config, self.layout.to_json(), self.rows, self.shards]
+        place = find_place(checkpoint.config, Path(name))
+        self.rows = plan_rows(checkpoint, *place)
+        resident = sorted(checkpoint.shapes.keys() - self.rows.tensors)
+        self.shards = _shards(checkpoint, resident)
+        layouts = [layout.to_json() for layout in self.rows.layouts]
+        what = [checkpoint.config, self.rows.unit, layouts, self.rows.rows, self.shards]
         self.row_source = _digest([FORMAT_VERSION, *what])
-        self.key = _digest([self.row_source, checkpoint.fingerprint, dtype])
-        resident = sum(_sum_bytes(checkpoint, names) for names in self.shards.values())
-        self.total_bytes = self.layout.stride * sum(self.rows) + resident
+        self.key = _digest([self.row_source, checkpoint.fingerprint, asdict(packing)])
+        nbytes = _sum_bytes(checkpoint, resident)
+        self.total_bytes = nbytes + sum(
+            layout.stride * count
+            for layout, count in zip(self.rows.layouts, self.rows.rows, strict=True)
+        )
         predictors = sum(tensor.nbytes for tensor in checkpoint.predictors.values())
-        self.disk_bytes = file_bytes(self.layout, self.rows, self.row_source)
-        self.disk_bytes += resident + predictors
+        self.disk_bytes = nbytes + predictors
+        self.disk_bytes += file_bytes(
+            self.rows.layouts, self.rows.rows, self.row_source, self.rows.unit
+        )
 
     def run(self, partial: Path, report: Callable[[int, str], Any]) -> None:
         """Write all that is not there yet; config.json comes last."""
@@ -134,7 +142,7 @@ class _Job:
     def _write_predictors(self, path: Path, fingerprint: str) -> None:
         """Those that ship with the checkpoint; not among ``files``: they may be fitted anew."""
         if tensors := self.checkpoint.predictors:
-            layers = fold(tensors, len(self.rows), self.dtype)
+            layers = fold(tensors, len(self.rows.rows), DTYPES[self.rows.dtype])
             measured = {"source": "shipped with the checkpoint"}
             predictor_file.write(path, Predictors("low-rank", fingerprint, layers, measured))
             output.sync(path)
@@ -144,12 +152,12 @@ class _Job:
             "format_version": FORMAT_VERSION,
             "row_file": ROW_FILE,
             "rows_fingerprint": fingerprint,
-            "unit": "neuron",
-            "activation": self.ffn.activation,
-            "parts": list(self.ffn.parts),
-            "layout": self.layout.to_json(),
-            "dtype": CODES[self.dtype],
-            "parameters": sum(math.prod(shape) for shape in self.checkpoint.shapes.values()),
+            "unit": self.rows.unit,
+            "activation": self.rows.activation,
+            "layouts": [layout.to_json() for layout in dict.fromkeys(self.rows.layouts)],
+            "dtype": self.rows.dtype,
+            "quantization": asdict(self.rows.scheme) if self.rows.scheme else None,
+            "parameters": parameters(self.checkpoint.config),
             "source": self.name,
             "files": files,
         }
@@ -159,36 +167,17 @@ class _Job:
         output.write_text(path, json.dumps(config, indent=2) + "\n")
 
     def _write_rows(self, path: Path, report: Callable[[int, str], Any]) -> str:
-        writer = RowFileWriter(path, self.layout, self.rows, self.row_source)
+        plan, take = self.rows, self.checkpoint.take
+        writer = RowFileWriter(path, plan.layouts, plan.rows, self.row_source, plan.unit)
         try:
-            for layer, names in enumerate(self.layers):
+            for layer, (layout, count) in enumerate(zip(plan.layouts, plan.rows, strict=True)):
                 if layer < writer.next_layer():
-                    report(self.rows[layer] * self.layout.stride, f"layer {layer} was there")
-                    continue
-                blocks = self._blocks(names, lambda n, i=layer: report(n, f"layer {i}"))
-                writer.write(layer, blocks)
+                    report(count * layout.stride, f"layer {layer} was there")
+                else:
+                    writer.write(layer, _reported(plan.blocks(layer, take), layer, report))
         finally:
             writer.close()
         return hashlib.sha256("".join(writer.hashes).encode()).hexdigest()
-
-    def _blocks(self, names: dict[str, str], report: Progress) -> Iterator[np.ndarray]:
-        """A layer's rows as uint8 blocks [n, stride]."""
-        taken = {name: _raw(self.checkpoint.take(name)) for name in dict.fromkeys(names.values())}
-        weights = {part: taken[name] for part, name in names.items()}
-        rows = weights["down"].shape[1]
-        if self.ffn.fused:
-            weights["gate"], weights["up"] = weights["gate"][:rows], weights["up"][rows:]
-        step = max(1, BLOCK_BYTES // self.layout.stride)
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            parts = [
-                weights[part][:, start:stop].T if part == "down" else weights[part][start:stop]
-                for part in self.ffn.parts
-            ]
-            block = np.zeros((stop - start, self.layout.stride), np.uint8)
-            self.layout.pack([np.ascontiguousarray(p).view(np.uint8) for p in parts], block)
-            yield block
-            report(block.nbytes)
 
     def _write_index(self, partial: Path) -> None:
         if len(self.shards) == 1:
@@ -204,30 +193,17 @@ def _digest(what: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _ffn_names(checkpoint: Checkpoint, ffn: Ffn) -> list[dict[str, str]]:
-    """For each layer, part to name of the weight that holds it; checks that the shapes agree."""
-    model_class, args_class = get_classes(checkpoint.config)
-    model = model_class(args_class.from_dict(checkpoint.config))
-    layers = []
-    for path, _ in families.modules(model, ffn):
-        names = {part: f"{path}.{name}.weight" for part, name in projections(ffn).items()}
-        d_model, rows = checkpoint.shapes[names["down"]]
-        for name, expected in weight_shapes(ffn, rows, d_model).items():
-            found = checkpoint.shapes[f"{path}.{name}.weight"]
-            if found != expected:
-                raise ModelError(
-                    f"{path}.{name}.weight has shape {found}, expected {expected} "
-                    f"beside {names['down']}"
-                )
-        layers.append(names)
-    return layers
+def _reported(
+    blocks: Iterator[np.ndarray], layer: int, report: Callable[[int, str], Any]
+) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block
+        report(block.nbytes, f"layer {layer}")
 
 
-def _raw(array: mx.array) -> np.ndarray:
-    """The bits of a float array as unsigned integers (numpy has no bfloat16); no copy."""
-    bits = array.view(UNITS[array.dtype.size])
-    mx.eval(bits)
-    return np.array(bits, copy=False)
+def parameters(config: dict[str, Any]) -> int:
+    """How many numbers a config's model has, before any quantisation."""
+    return sum(array.size for _, array in tree_flatten(make_model(config).parameters()))
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
@@ -277,7 +253,7 @@ def _write_shard(
     with open(temporary, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            data = _raw(checkpoint.take(name))
+            data = raw(checkpoint.take(name))
             f.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             report(data.nbytes, name)
         f.flush()

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import families
+from . import families, mixtures
+from .cache import DTYPES
 from .errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from .families import Ffn
+from .mixtures import Mixture
+from .packed import Scheme, scheme
 from .rows import RowFile, sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROW_FILE = "ffn_rows.safetensors"
 # How transformers writes floats that JSON has no word for: {"__float__": "Infinity"}.
 TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -49,10 +52,14 @@ def _untagged(value: dict[str, Any]) -> Any:
     return value
 
 
-def find_ffn(config: dict[str, Any], path: Path) -> Ffn:
-    """``families.find`` for the config of a directory; its errors name the file."""
+def find_place(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture | None]:
+    """Where a directory's model keeps its FFN: in the table of dense families, or of mixtures.
+
+    One of the two is None. Errors name the file.
+    """
     try:
-        return families.find(config)
+        mixture = mixtures.find_mixture(config)
+        return (None if mixture else families.find(config)), mixture
     except FlashError as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -89,21 +96,25 @@ class ModelDirectory:
                 f"{self.path} has format version {flash.get('format_version')!r}, this version of "
                 f"mlx_flash reads {FORMAT_VERSION}; update mlx_flash or convert the model again"
             )
-        self.ffn: Ffn = find_ffn(self.config, self.path)
+        self._ffn, self.mixture = find_place(self.config, self.path)
         try:
             self.files: dict[str, dict[str, Any]] = {
                 str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
                 for name, entry in flash["files"].items()
             }
             row_file = self.path / flash["row_file"]
-            fingerprint, layout = flash["rows_fingerprint"], flash["layout"]
+            fingerprint, layouts = flash["rows_fingerprint"], flash["layouts"]
+            self.unit = str(flash["unit"])
+            self.dtype = DTYPES[flash["dtype"]]
+            packing = flash["quantization"]
+            self.scheme: Scheme | None = scheme(packing) if packing else None
             self._config_sha256: str = flash["config_sha256"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(
                 f"the flash object in {self.path / 'config.json'} makes no sense ({error!r}); "
                 "convert the model again"
             ) from error
-        self.rows = self._open_rows(row_file, fingerprint, layout)
+        self.rows = self._open_rows(row_file, fingerprint, layouts)
         for name, entry in self.files.items():
             self._check_size(name, entry["bytes"])
         if strange := [file.name for file in self.shards if file.name not in self.files]:
@@ -111,6 +122,44 @@ class ModelDirectory:
                 f"{self.path} holds weights that were not written by its conversion and would be "
                 f"loaded with it: {', '.join(strange)}; move them away"
             )
+
+    @property
+    def ffn(self) -> Ffn:
+        """Where the FFN of a dense model is, and what it computes.
+
+        Raises:
+            ModelError: the model is a mixture.
+        """
+        if self._ffn is None:
+            raise ModelError(f"{self.path} is a mixture of experts; it has no FFN of neurons")
+        return self._ffn
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden state."""
+        parts = {part.name: part for part in self.rows.layout.parts}
+        if self.unit == "neuron":
+            width = parts["down"].width
+            return width * 32 // self.scheme.bits if self.scheme else width
+        return parts[f"{self._down}.weight"].shape[0]
+
+    @property
+    def d_ffn(self) -> int:
+        """Neurons of the widest layer, or of an expert."""
+        if self.unit == "neuron":
+            return max(layer.rows for layer in self.rows.layers)
+        up = self.mixture.projections[0] if self.mixture else self.ffn.fused or self.ffn.up
+        sizes = [
+            part.shape[0]
+            for layout in self.rows.layouts
+            for part in layout.parts
+            if part.name == f"{up}.weight"
+        ]
+        return max(sizes)
+
+    @property
+    def _down(self) -> str:
+        return self.mixture.projections[-1] if self.mixture else self.ffn.down
 
     @property
     def shards(self) -> list[Path]:
@@ -147,7 +196,7 @@ class ModelDirectory:
         rows = sum(self.rows.layer_bytes(i) for i in range(len(self.rows.layers)))
         return rows + sum(entry["bytes"] for entry in self.files.values())
 
-    def _open_rows(self, file: Path, fingerprint: str, layout: dict[str, Any]) -> RowFile:
+    def _open_rows(self, file: Path, fingerprint: str, layouts: list[Any]) -> RowFile:
         self._check_there(file)
         rows = RowFile(file)
         if rows.fingerprint != fingerprint:
@@ -155,7 +204,8 @@ class ModelDirectory:
                 f"{file} belongs to another model than {self.path / 'config.json'}; "
                 "put the row file that was converted with it back, or convert the model again"
             )
-        if rows.layout.to_json() != layout:
+        found = json.loads(json.dumps([layout.to_json() for layout in rows.layouts]))
+        if found != layouts or rows.unit != self.unit:
             raise DamagedError(
                 f"the header of {file} is damaged: its row layout is not the one that "
                 "config.json has; copy it again or convert the model again"

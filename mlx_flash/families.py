@@ -298,6 +298,14 @@ def has_zeros(ffn: Ffn) -> bool:
     return ffn.activation in ZEROS
 
 
+def rowwise(ffn: Ffn) -> bool:
+    """Whether quantising anew gives every row scales of its own, so that single rows can be read.
+
+    Elsewhere every row is needed for every token, and mlx-lm's own grouping is kept.
+    """
+    return has_zeros(ffn) and not ffn.fused
+
+
 def projections(ffn: Ffn) -> dict[str, str]:
     """Part -> name of the projection that holds it; the gate and up of a fused one share a name."""
     if ffn.fused:

@@ -18,6 +18,7 @@ import numpy as np
 
 from .cache import DTYPES, UNITS, SlotMemory
 from .families import Ffn, projections, weight_shapes
+from .packed import Packed, Rows, Scheme, part_names, rows_of
 from .reader import RowReader
 from .rows import RowFile
 from .stream import LayerStream
@@ -43,20 +44,19 @@ class RowLinear(nn.Module):
         self.parts = parts
         if "bias" in linear:
             self.bias = linear.bias
-        self._rows: list[mx.array] = []
+        self._rows: list[Rows] = []
         self._index: mx.array | None = None
         self._values: mx.array | None = None
         self._partial = False
 
     def bind(
         self,
-        *rows: mx.array,
+        *rows: Rows,
         index: mx.array | None = None,
         values: mx.array | None = None,
         partial: bool = False,
     ) -> None:
-        """Compute from ``rows`` [n, width], one array for each part; columns from d_model on are
-        not used.
+        """Compute from ``rows`` [n, width], one for each part; no columns from d_model on are used.
 
         Args:
             index: int array [n], which rows of the layer they are; None for all of them in order.
@@ -77,17 +77,25 @@ class RowLinear(nn.Module):
         found = known + found
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
-    def _forward(self, x: mx.array, rows: mx.array, part: int) -> mx.array:
+    def _forward(self, x: mx.array, rows: Rows, part: int) -> mx.array:
+        if isinstance(rows, Packed):
+            y = rows.matmul(x, transpose=True)
+            return y + self._bias(part) if "bias" in self else y
         if padding := rows.shape[-1] - self.d_model:
             x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
         if "bias" not in self:
             return x @ rows.T
-        bias = self.bias
-        if self._index is not None:
-            bias = mx.split(bias, self.parts)[part][self._index]
-        return mx.addmm(bias, x, rows.T)
+        return mx.addmm(self._bias(part), x, rows.T)
 
-    def _down(self, x: mx.array, rows: mx.array) -> mx.array:
+    def _bias(self, part: int) -> mx.array:
+        if self._index is None:
+            return self.bias
+        return mx.split(self.bias, self.parts)[part][self._index]
+
+    def _down(self, x: mx.array, rows: Rows) -> mx.array:
+        if isinstance(rows, Packed):
+            y = rows.matmul(x.astype(mx.float32) if self._partial else x, transpose=False)
+            return y + self.bias if "bias" in self and not self._partial else y
         if self._partial:
             y = x.astype(mx.float32) @ rows.astype(mx.float32)
             return y[..., : self.d_model]
@@ -109,17 +117,18 @@ def use_rows(mlp: nn.Module, ffn: Ffn) -> None:
             mlp[name] = RowLinear(mlp[name], transposed=part == "down", parts=parts)
 
 
-def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory) -> None:
+def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory, scheme: Scheme | None = None) -> None:
     """Let a module made by ``use_rows`` compute from all rows in ``memory``."""
     for part, name in projections(ffn).items():
         fused = name == ffn.fused
-        mlp[name].bind(memory.joined("gate", "up") if fused else memory.arrays[part])
+        rows = memory.joined("gate", "up") if fused else rows_of(memory.arrays, part, scheme)
+        mlp[name].bind(rows)
 
 
 def bind_some(
     mlp: nn.Module,
     ffn: Ffn,
-    arrays: dict[str, mx.array],
+    arrays: dict[str, Rows],
     index: mx.array,
     known: tuple[str, mx.array] | None,
     partial: bool = False,
@@ -127,7 +136,7 @@ def bind_some(
     """Let a module made by ``use_rows`` compute from some rows.
 
     Args:
-        arrays: part -> [n, width].
+        arrays: part -> [n, width], packed or not.
         index: which rows they are, int32 [n].
         known: a part whose output is there already, and that output for every row [..., rows].
         partial: see ``RowLinear.bind``.
@@ -146,28 +155,24 @@ def bind_some(
             mlp[projection].bind(arrays[name], index=index, partial=partial and name == "down")
 
 
-def resident_part(reader: RowReader, layer: int, part: str) -> mx.array:
+def resident_part(reader: RowReader, layer: int, part: str, scheme: Scheme | None = None) -> Rows:
     """One part of every row of a layer, [rows, d_model], read from the row file."""
     layout, rows = reader.file.layout, reader.file.layers[layer].rows
-    parts = layout.parts
-    found = next(p for p in parts if p.name == part)
-    dtype = DTYPES[found.dtype]
-    weight = mx.zeros((rows, found.width), UNITS[dtype.size])
-    mx.eval(weight)
-    view = np.array(weight, copy=False)
-    chunk = SlotMemory(
-        reader.file.layout,
-        min(rows, max(1, CHUNK_BYTES // reader.file.layout.stride)),
-        parts=[part],
-    )
-    data = next(v for v in chunk.views if v is not None)
+    names = part_names(part, scheme)
+    parts = [p for p in layout.parts if p.name in names]
+    arrays = {p.name: mx.zeros((rows, p.width), UNITS[DTYPES[p.dtype].size]) for p in parts}
+    mx.eval(list(arrays.values()))
+    chunk = SlotMemory(layout, min(rows, max(1, CHUNK_BYTES // layout.stride)), parts=names)
+    held = [view for view in chunk.views if view is not None]
+    views = [np.array(arrays[p.name], copy=False) for p in parts]
     for start in range(0, rows, chunk.capacity):
         count = min(chunk.capacity, rows - start)
         reader.read(layer, np.arange(start, start + count), np.arange(count), chunk.views)
-        view[start : start + count] = data[:count, : found.nbytes].view(view.dtype)
-    weight = weight.view(dtype)
-    mx.eval(weight)
-    return weight
+        for p, source, target in zip(parts, held, views, strict=True):
+            target[start : start + count] = source[:count, : p.nbytes].view(target.dtype)
+    typed = {p.name: arrays[p.name].view(DTYPES[p.dtype]) for p in parts}
+    mx.eval(list(typed.values()))
+    return rows_of(typed, part, scheme)
 
 
 def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array]:
@@ -208,6 +213,33 @@ def placeholders(file: RowFile, layer: int, ffn: Ffn) -> dict[str, mx.array]:
     return {name: mx.zeros(shape, DTYPES[part.dtype]) for name, shape in shapes.items()}
 
 
+class PackedRows(nn.Module):
+    """A down projection from packed rows: columns of its weight, packed along d_model.
+
+    Args:
+        linear: the layer it replaces; its bias stays.
+        scheme: how rows are packed.
+    """
+
+    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+        super().__init__()
+        d_model, rows = linear.weight.shape
+        found = mx.quantize(
+            mx.zeros((rows, d_model)), scheme.group_size, scheme.bits, mode=scheme.mode
+        )
+        for name, array in zip(("weight", *scheme.suffixes), found, strict=True):
+            self[name] = array
+        if "bias" in linear:
+            self.bias = linear.bias
+        self._scheme = scheme
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        arrays = tuple(self[name] for name in ("weight", *self._scheme.suffixes))
+        y = Packed(arrays, self._scheme).matmul(x, transpose=False)
+        return y + self.bias if "bias" in self else y
+
+
 class FlashMLP(nn.Module):
     """mlx-lm's FFN of one layer, its rows streamed from flash for every call.
 
@@ -216,18 +248,27 @@ class FlashMLP(nn.Module):
         ffn: where its projections are.
         layer: number of the layer in the row file.
         stream: hands out the layer's rows.
+        scheme: how rows are packed; None for floats.
     """
 
-    def __init__(self, mlp: nn.Module, ffn: Ffn, layer: int, stream: LayerStream) -> None:
+    def __init__(
+        self,
+        mlp: nn.Module,
+        ffn: Ffn,
+        layer: int,
+        stream: LayerStream,
+        scheme: Scheme | None = None,
+    ) -> None:
         super().__init__()
         self.mlp = mlp
         self.layer = layer
         self._ffn = ffn
         self._stream = stream
+        self._scheme = scheme
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         memory = self._stream.acquire(self.layer, x)
-        bind(self.mlp, self._ffn, memory)
+        bind(self.mlp, self._ffn, memory, self._scheme)
         y = self.mlp(x, *args, **kwargs)
         self._stream.done(y)
         return y

@@ -21,13 +21,13 @@ import mlx.core as mx
 import numpy as np
 
 from . import bits, families, fit
-from .cache import DTYPES
 from .calibration_settings import Settings
 from .directory import ModelDirectory
 from .errors import CalibrationError
 from .evaluate import Seen
-from .families import Ffn, projections
-from .ffn import dense_weights
+from .families import Ffn
+from .ffn import resident_part
+from .packed import Packed
 from .predictor import LowRank, importance
 from .predictor_file import LayerPredictor
 from .reader import RowReader
@@ -91,8 +91,8 @@ class _Layers:
         self.directory, self.reader, self.work, self.settings = directory, reader, work, settings
         self.ffn = directory.ffn
         self.layout = directory.rows.layout
-        self.d_model = self.layout.parts[0].width
-        self.dtype = DTYPES[self.layout.parts[0].dtype]
+        self.d_model = directory.d_model
+        self.dtype = directory.dtype
 
     def part(self, layer: int, name: str) -> Part:
         """What was recorded of a layer."""
@@ -101,12 +101,11 @@ class _Layers:
 
     def weights(self, layer: int) -> dict[str, np.ndarray]:
         """gate, up and down in float32, [rows, d_model] each, as rows are."""
-        found = dense_weights(self.reader, layer, self.ffn)
-        named = projections(self.ffn)
-        weights = {part: _float32(found[name]) for part, name in named.items()}
-        if self.ffn.fused:
-            weights["gate"], weights["up"] = np.split(weights["gate"], 2)
-        return weights | {"down": weights["down"].T}
+        found = {}
+        for part in self.ffn.parts:
+            rows = resident_part(self.reader, layer, part, self.directory.scheme)
+            found[part] = _float32(rows.floats(mx.float32) if isinstance(rows, Packed) else rows)
+        return found
 
     def strength(self, layer: int, norms: np.ndarray) -> np.ndarray:
         """What each row adds to the output at each token of the validation text, its norm."""

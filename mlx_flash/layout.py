@@ -55,7 +55,10 @@ class RowLayout:
 
     @classmethod
     def of(
-        cls, parts: Sequence[tuple[str, str, tuple[int, ...]]], alignment: int | None = None
+        cls,
+        parts: Sequence[tuple[str, str, tuple[int, ...]]],
+        alignment: int | None = None,
+        pad: bool = True,
     ) -> RowLayout:
         """Lay out parts one behind the other.
 
@@ -63,13 +66,12 @@ class RowLayout:
             parts: (name, safetensors dtype, shape) in the order in which they stand in a row.
             alignment: bytes the stride is a multiple of, a power of two from a sector up; None
                 takes a page, or a sector where padding to a page would add more than an eighth.
-
-        Parts begin on sectors where that padding, too, stays below an eighth: only then can one
-        direct request scatter a row over several places in memory.
+            pad: let parts begin on sectors where that padding, too, stays below an eighth: only
+                then can one direct request scatter a row over several places in memory.
         """
         raw = [math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in parts]
         sizes = [round_up(nbytes, SECTOR) for nbytes in raw]
-        if sum(sizes) > sum(raw) * (1 + MAX_PADDING):
+        if not pad or sum(sizes) > sum(raw) * (1 + MAX_PADDING):
             sizes = raw
         if alignment is None:
             alignment = PAGE

@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .errors import PredictorError
+from .packed import Packed, Rows
 
 Function = Callable[[mx.array], mx.array]
 
@@ -151,7 +152,7 @@ class ResidentPart:
 
     Args:
         part: "gate" or "up".
-        weight: [rows, d_model], as ``nn.Linear`` holds it.
+        weight: [rows, d_model], as ``nn.Linear`` holds it, or the same packed.
         bias: [rows] or None.
         activation: what the FFN applies to the projection.
         zeros: whether the activation is zero for a good part of its inputs (the ReLU kinds).
@@ -164,7 +165,7 @@ class ResidentPart:
     def __init__(
         self,
         part: str,
-        weight: mx.array,
+        weight: Rows,
         bias: mx.array | None,
         activation: Function,
         zeros: bool,
@@ -185,6 +186,9 @@ class ResidentPart:
 
     def values(self, x: mx.array) -> mx.array:
         """The projection's output, [..., rows], the same to the bit as the dense model's."""
+        if isinstance(self.weight, Packed):
+            y = self.weight.matmul(x, transpose=True)
+            return y if self.bias is None else y + self.bias
         if self.bias is None:
             return x @ self.weight.T
         return mx.addmm(self.bias, x, self.weight.T)

@@ -17,6 +17,7 @@ from .directory import ModelDirectory
 from .errors import PredictorError
 from .families import Ffn, gate_function, has_zeros, projections
 from .ffn import resident_part
+from .packed import Scheme, part_names
 from .predictor import Everything, LowRank, Predictor, ResidentPart
 from .predictor_file import Predictors
 from .reader import RowReader
@@ -38,6 +39,7 @@ class Selection:
         demand: of each layer, rows that a few tokens in a row use; None where not measured.
         measured: figures of the calibration.
         file: the trained predictors, for low-rank and threshold.
+        scheme: how rows are packed; None for floats.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Selection:
     demand: tuple[float, ...]
     measured: dict[str, Any]
     file: Predictors | None = None
+    scheme: Scheme | None = None
 
     def build(self, reader: RowReader, layer: int, mlp: nn.Module, ffn: Ffn) -> Predictor:
         """The predictor of one layer.
@@ -73,7 +76,7 @@ class Selection:
             bias = mx.split(bias, 2)[0]
         return ResidentPart(
             part,
-            resident_part(reader, layer, part),
+            resident_part(reader, layer, part, self.scheme),
             bias,
             gate_function(ffn),
             has_zeros(ffn),
@@ -97,6 +100,8 @@ def select(directory: ModelDirectory, name: str = "auto") -> Selection | None:
         raise PredictorError(f"predictor {name!r}; expected one of {', '.join(NAMES)}")
     if name == "none":
         return None
+    if directory.unit != "neuron":
+        return _no_neurons(directory, name)
     path = directory.path / predictor_file.NAME
     ffn = directory.ffn
     if name in predictor_file.KINDS or (name == "auto" and path.exists()):
@@ -105,6 +110,21 @@ def select(directory: ModelDirectory, name: str = "auto") -> Selection | None:
         return _exact(directory) if has_zeros(ffn) else None
     _check_part(ffn, name)
     return _exact(directory)
+
+
+def _no_neurons(directory: ModelDirectory, name: str) -> None:
+    """Where rows are experts or whole layers there is nothing to predict."""
+    if name == "auto":
+        return
+    if directory.mixture:
+        raise PredictorError(
+            f"predictor {name}: this model is a mixture of experts, its own router says which "
+            "experts a token needs; leave --predictor out"
+        )
+    raise PredictorError(
+        f"predictor {name}: the FFN weights of this model are quantised in groups that span many "
+        "neurons, so whole layers are read; leave --predictor out, or convert the float checkpoint"
+    )
 
 
 def _decisive(ffn: Ffn) -> str:
@@ -130,25 +150,28 @@ def _check_part(ffn: Ffn, name: str) -> None:
 
 def _part_bytes(directory: ModelDirectory, part: str) -> tuple[int, ...]:
     rows = directory.rows
-    width = next(p.nbytes for p in rows.layout.parts if p.name == part)
-    return tuple(layer.rows * width for layer in rows.layers)
+    names = part_names(part, directory.scheme)
+    nbytes = sum(p.nbytes for p in rows.layout.parts if p.name in names)
+    return tuple(layer.rows * nbytes for layer in rows.layers)
 
 
 def _exact(directory: ModelDirectory) -> Selection:
     part = _decisive(directory.ffn)
     demand = tuple(SHARE * layer.rows for layer in directory.rows.layers)
-    return Selection(part, True, part, _part_bytes(directory, part), demand, {})
+    nbytes = _part_bytes(directory, part)
+    return Selection(part, True, part, nbytes, demand, {}, scheme=directory.scheme)
 
 
 def _trained(directory: ModelDirectory, name: str) -> Selection:
     path = directory.path / predictor_file.NAME
-    layers, layout = directory.rows.layers, directory.rows.layout
+    layers = directory.rows.layers
     kind = "" if name == "low-rank" else " --kind threshold --sparsity 0.5"
     advice = f"train them with: mlx_flash calibrate --model {directory.path}{kind}"
     if not path.exists():
         raise PredictorError(f"{directory.path} has no {name} predictors; {advice}")
     rows = [layer.rows for layer in layers]
-    file = predictor_file.read(path, directory.rows.fingerprint, rows, layout.parts[0].width)
+    scheme, width = directory.scheme, directory.d_model
+    file = predictor_file.read(path, directory.rows.fingerprint, rows, width)
     if name not in ("auto", file.kind):
         raise PredictorError(f"{path} holds predictors of kind {file.kind}, not {name}; {advice}")
     demand = tuple(
@@ -156,9 +179,9 @@ def _trained(directory: ModelDirectory, name: str) -> Selection:
     )
     if file.kind == "low-rank":
         nbytes = tuple(layer.nbytes for layer in file.layers)
-        return Selection("low-rank", False, None, nbytes, demand, file.measured, file)
+        return Selection("low-rank", False, None, nbytes, demand, file.measured, file, scheme)
     part = _decisive(directory.ffn)
     nbytes = tuple(
         n + layer.nbytes for n, layer in zip(_part_bytes(directory, part), file.layers, strict=True)
     )
-    return Selection("threshold", False, part, nbytes, demand, file.measured, file)
+    return Selection("threshold", False, part, nbytes, demand, file.measured, file, scheme)

@@ -27,6 +27,7 @@ from .cache import RowCache, SlotMemory
 from .errors import FlashError
 from .families import Ffn
 from .ffn import bind_some
+from .packed import Rows, Scheme, rows_of
 from .predictor import Prediction, Predictor, ResidentPart
 from .reader import RowReader
 
@@ -63,7 +64,13 @@ class RowStream:
         parts: of a row, those that are needed; None for all.
     """
 
-    def __init__(self, reader: RowReader, rows: int, parts: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        reader: RowReader,
+        rows: int,
+        parts: Sequence[str] | None = None,
+        exact: bool = False,
+    ) -> None:
         layout = reader.file.layout
         self.capacity = chunk_rows(layout.stride, rows)
         self.wait_seconds = 0.0
@@ -173,6 +180,7 @@ class SparseMLP(nn.Module):
         cache: the layer's slots, without the part that the predictor provides.
         stream: for rows that the slots do not hold, shared by all layers.
         stats: counters, shared by all layers.
+        scheme: how rows are packed; None for floats.
     """
 
     def __init__(
@@ -183,6 +191,7 @@ class SparseMLP(nn.Module):
         cache: RowCache,
         stream: RowStream,
         stats: SparseStats,
+        scheme: Scheme | None = None,
     ) -> None:
         super().__init__()
         self.mlp = mlp
@@ -195,6 +204,7 @@ class SparseMLP(nn.Module):
         self._on_prefix = not predictor.exact and not predictor.provides and cache.is_window
         self._stream = stream
         self._stats = stats
+        self._scheme = scheme
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         rows = self._cache.table.rows
@@ -223,12 +233,17 @@ class SparseMLP(nn.Module):
         began, waited = time.perf_counter(), cache.wait_seconds
         cache.fetch(prediction.rows)
         arrays = {name: cache.part(name) for name in cache.memory.arrays}
-        bind_some(self.mlp, self._ffn, arrays, cache.index(), known)
+        bind_some(self.mlp, self._ffn, self._rows(arrays), cache.index(), known)
         waited = cache.wait_seconds - waited
         self._stats.manage_seconds += time.perf_counter() - began - waited
         y = self.mlp(x, *args, **kwargs)
         cache.built(y)
         return y
+
+    def _rows(self, arrays: dict[str, mx.array]) -> dict[str, Rows]:
+        """Part -> rows, packed or not."""
+        names = [name for name in self._ffn.parts if name in arrays]
+        return {name: rows_of(arrays, name, self._scheme) for name in names}
 
     def _dense(self, x: mx.array, hidden: mx.array, args: Any, kwargs: Any) -> mx.array:
         """The FFN over every row, all of them streamed."""
@@ -253,7 +268,7 @@ class SparseMLP(nn.Module):
         began, waited = time.perf_counter(), stream.wait_seconds
         for piece, arrays in stream.pieces(self.layer, rows, cache):
             index = mx.array(piece.astype(np.int32))
-            bind_some(self.mlp, self._ffn, arrays, index, known, partial=many)
+            bind_some(self.mlp, self._ffn, self._rows(arrays), index, known, partial=many)
             y = self.mlp(x, *args, **kwargs)
             if many and y.dtype != mx.float32:
                 raise FlashError(

@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import show
-from .cache import DTYPES, UNITS
+from .cache import UNITS
 from .directory import ModelDirectory
 from .errors import CalibrationError, FlashError
 from .evaluate import Seen
@@ -115,12 +115,11 @@ def _take_lock(lock: int, path: Path) -> None:
 
 def disk_bytes(directory: ModelDirectory, kind: str, tokens: dict[str, int]) -> int:
     """What recording so many tokens of each part takes."""
-    part = directory.rows.layout.parts[0]
-    item = DTYPES[part.dtype].size
+    item = directory.dtype.size
     total = 0
     for layer in directory.rows.layers:
         sizes = {
-            "x": part.width * item,
+            "x": directory.d_model * item,
             "active": -(-layer.rows // 8),
             "h": layer.rows * item,
             "gate": layer.rows * item,

@@ -20,12 +20,12 @@ import signal
 import sys
 from pathlib import Path
 
-from mlx_flash import converter, output, rows
+from mlx_flash import converter, output, rows, units
 from mlx_flash.errors import FlashError
 
 NEW, OLD, OUT, SCENE, STRIDE = sys.argv[1:]
 OUT = Path(OUT)
-converter.BLOCK_BYTES = 1 << 15
+units.BLOCK_BYTES = 1 << 15
 converter.SHARD_BYTES = 1 << 16
 os.fsync = lambda _fd: None  # a kill leaves the kernel and its cache alive
 

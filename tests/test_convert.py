@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 from tiny import make_checkpoint
 
-from mlx_flash import cli, converter, load, output
+from mlx_flash import cli, converter, load, output, units
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import ConvertError, DamagedError, ModelError
@@ -80,7 +80,7 @@ def refused(source, out, *flags, capsys, **options):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Five blocks a layer: a conversion of ``source`` has 48 calls of progress."""
-    monkeypatch.setattr(converter, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(units, "BLOCK_BYTES", 1 << 14)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_rows_hold_what_a_neuron_needs(tmp_path, family, projections):
     weights = mx.load(str(source / "model.safetensors"))
     tensors = mx.load(str(out / "ffn_rows.safetensors"))
     assert sorted(tensors) == ["layers.0.rows", "layers.1.rows"]
-    layout = json.loads((out / "config.json").read_text())["flash"]["layout"]
+    layout = json.loads((out / "config.json").read_text())["flash"]["layouts"][0]
     assert [part["name"] for part in layout["parts"]] == list(projections)
     for layer in range(2):
         rows = np.array(tensors[f"layers.{layer}.rows"])
@@ -160,7 +160,7 @@ def test_rows_hold_what_a_neuron_needs(tmp_path, family, projections):
                 weight = weight.T
             elif weight.shape[0] == 320:
                 weight = weight[:160] if part["name"] == "gate" else weight[160:]
-            where = slice(part["offset"], part["offset"] + 2 * part["width"])
+            where = slice(part["offset"], part["offset"] + 2 * part["shape"][0])
             assert np.array_equal(rows[:, where].copy().view(np.uint16), weight)
             used[where] = True
         assert not used.all()
@@ -262,7 +262,7 @@ def test_memory_is_that_of_a_layer(tmp_path, monkeypatch):
     before = mx.get_active_memory()
     convert(source, tmp_path / "out")
     assert mx.get_peak_memory() - before < 1.5 * layer
-    assert max(blocks) <= converter.BLOCK_BYTES
+    assert max(blocks) <= units.BLOCK_BYTES
     assert sum(blocks) == 12 * layer
 
 
@@ -445,13 +445,13 @@ def test_ctrl_c(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama", "bfloat16")
     slow = (
         "import sys, time\n"
-        "from mlx_flash import cli, converter\n"
-        "raw = converter._raw\n"
+        "from mlx_flash import cli, units\n"
+        "raw = units.raw\n"
         "def wait(array):\n"
         "    print('reading', flush=True)\n"
         "    while True:\n"
         "        time.sleep(0.05)\n"
-        "converter._raw = wait\n"
+        "units.raw = wait\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     command = ["convert", "--model", str(source), "--mlx-path", str(tmp_path / "out")]
