@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -305,7 +306,11 @@ class RowCache:
         self.hits = 0
         self.misses = 0
         self.wait_seconds = 0.0
+        self.foretold = 0
+        self.useful = 0
         self._reader = reader
+        self._pending: dict[int, list[Future[None]]] = {}
+        self._foretold: set[int] = set()
         self._built_on: list[mx.array] = []
         self._index: mx.array | None = None
 
@@ -318,13 +323,50 @@ class RowCache:
         """
         inside, update = self._make_room(active)
         with self.sound():
+            waiting = self._begun(active)
             if update.load_rows.size:
+                waiting += self._read(update.load_rows, update.load_slots)
+            if waiting:
                 began = time.perf_counter()
-                views = self.memory.views
-                self._reader.read(self.layer, update.load_rows, update.load_slots, views)
+                self._reader.wait(waiting)
                 self.wait_seconds += time.perf_counter() - began
         self.misses += int(update.load_rows.size)
         return inside
+
+    def foretell(self, rows: np.ndarray) -> None:
+        """Begin to read rows (sorted, distinct) that may be needed soon, behind what is needed now.
+
+        They take slots as active rows do; those that are never asked for leave as any other.
+        """
+        rows = rows[: self.table.capacity]
+        missing = rows[self.table.slot_of[rows] < 0]
+        self.foretold += int(missing.size)
+        self._foretold = set(missing.tolist())
+        if not missing.size or self.is_window:
+            return
+        update = self._change(rows)
+        with self.sound():
+            for row, slot in zip(update.load_rows, update.load_slots, strict=True):
+                self._pending[int(row)] = self._read(np.array([row]), np.array([slot]), True)
+
+    def _read(
+        self, rows: np.ndarray, slots: np.ndarray, behind: bool = False
+    ) -> list[Future[None]]:
+        prepared = self._reader.prepare(rows, slots, self.memory.views, self.layer)
+        return self._reader.submit(self.layer, prepared, behind)
+
+    def _begun(self, active: np.ndarray) -> list[Future[None]]:
+        """Reads of active rows that were foretold; what has not begun is asked for now."""
+        waiting: list[Future[None]] = []
+        for row in self._pending.keys() & set(active.tolist()):
+            reads = self._pending.pop(row)
+            late = [read for read in reads if read.cancel()]
+            if late:
+                self._reader.drop(reads)
+                waiting += self._read(np.array([row]), self.table.slot_of[[row]])
+            else:
+                waiting += reads
+        return waiting
 
     def claim(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Make room for active rows (sorted, distinct) that the caller reads itself.
@@ -335,25 +377,46 @@ class RowCache:
         """
         here = self.table.slot_of[active] >= 0
         self._make_room(active)
+        with self.sound():
+            self._reader.wait(self._begun(active))
         slots = self.table.slot_of[active].astype(np.int64)
         return np.where(here, slots, -1), np.where(here, -1, slots)
 
     def _make_room(self, active: np.ndarray) -> tuple[np.ndarray, Update]:
         inside = self.table.admit(active, self.policy)
-        update = self.table.update(active[inside], self.policy, told=True)
+        if self._foretold:
+            self.useful += len(self._foretold & set(active.tolist()))
+            self._foretold.clear()
+        update = self._change(active[inside])
+        self.hits += update.hits
+        return inside, update
+
+    def _change(self, rows: np.ndarray) -> Update:
+        """Enter rows; what was built on slots that change, or is read into them, is done then."""
+        update = self.table.update(rows, self.policy, told=True)
         changes = update.load_rows.size or update.move_to.size
         with self.sound():
             if changes or len(self._built_on) > UNSETTLED:
                 mx.eval(self._built_on)
                 self._built_on.clear()
+            if changes and self._pending:
+                self._settle()
         if changes:
             self._index = None
         if update.move_to.size:
             for view in self.memory.views:
                 if view is not None:
                     view[update.move_to] = view[update.move_from]
-        self.hits += update.hits
-        return inside, update
+        return update
+
+    def _settle(self) -> None:
+        """Forget reads that are done, and let nothing be read for rows that have left."""
+        for row, reads in list(self._pending.items()):
+            left = self.table.slot_of[row] < 0
+            if left:
+                self._reader.drop(reads)
+            if left or all(read.done() and not read.exception() for read in reads):
+                del self._pending[row]
 
     @contextmanager
     def sound(self) -> Iterator[None]:
@@ -361,6 +424,9 @@ class RowCache:
         try:
             yield
         except BaseException:
+            self._reader.drop([read for reads in self._pending.values() for read in reads])
+            self._pending.clear()
+            self._foretold.clear()
             self.table = SlotTable(self.table.rows, self.table.capacity)
             self._built_on.clear()
             self._index = None

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,6 +41,7 @@ REQUEST_BYTES = 2 << 20
 GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another request
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
+BEHIND = 2  # requests under way that nobody waits for yet
 HUGE_PAGE = 2 << 20
 REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
 
@@ -164,6 +165,10 @@ class RowReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
         # No more threads than buffers: threads that wait for one only cost time.
         self._bulk = ThreadPoolExecutor(self.bulk_threads, thread_name_prefix="mlx_flash-bulk-read")
+        self._lock = threading.Lock()
+        self._quiet = threading.Condition(self._lock)
+        self._needed = 0  # of the requests under way, those that somebody waits for
+        self._behind = ThreadPoolExecutor(BEHIND, thread_name_prefix="mlx_flash-read-behind")
         self._fd = self._buffered_fd = -1
         self._open, self.direct = True, False
         try:
@@ -173,7 +178,6 @@ class RowReader:
         except OSError as error:
             self.close()
             raise ReadError(error.errno, f"opening {file.path}: {error.strerror}") from error
-        self._lock = threading.Lock()
         self._stats = ReadStats(direct=self.direct)
         self._under_way = 0
         self._since = 0.0
@@ -276,8 +280,13 @@ class RowReader:
                 (scattered if few else staged).append(request)
         return PreparedRead(layout, rows, slots, out, pieces, scattered, staged, first, last)
 
-    def submit(self, layer: int, read: PreparedRead) -> list[Future[None]]:
-        """Start a prepared read on one layer; the rows are there when every future is done."""
+    def submit(self, layer: int, read: PreparedRead, behind: bool = False) -> list[Future[None]]:
+        """Start a prepared read on one layer; the rows are there when every future is done.
+
+        Args:
+            behind: begin requests only while none is under way that was not asked for like this:
+                a read that may turn out to be of no use does not hold up those that are needed.
+        """
         extent = self.file.layers[layer]
         if read.layout != extent.layout:
             raise ValueError(f"the read was prepared for rows of another layout than layer {layer}")
@@ -285,6 +294,12 @@ class RowReader:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
         # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
         # once, begins with a request of its own and goes on with what is left of the rest.
+        if behind:
+            return [
+                self._behind.submit(self._run_behind, layer, extent.offset, read, [request], staged)
+                for staged, requests in ((True, read.staged), (False, read.scattered))
+                for request in requests
+            ]
         first, rest = read.scattered[: self.threads], iter(read.scattered[self.threads :])
         futures: list[Future[None]] = []
         try:
@@ -333,7 +348,9 @@ class RowReader:
         """Wait for requests under way, fail those that have not begun, let go of the file."""
         # Not by cancel_futures: whoever waits for futures dropped that way waits for ever.
         self._open = False
-        for pool in (self._pool, self._bulk):
+        with self._quiet:
+            self._quiet.notify_all()
+        for pool in (self._pool, self._bulk, self._behind):
             pool.shutdown(wait=True)
         for fd in {self._fd, self._buffered_fd} - {-1}:
             os.close(fd)
@@ -370,12 +387,23 @@ class RowReader:
             end = (request.stop - request.start - 1) * read.layout.stride + read.last
         return base + request.start * read.layout.stride + begin, end - begin
 
+    def _run_behind(self, *args: Any) -> None:
+        with self._quiet:
+            self._quiet.wait_for(lambda: not self._needed or not self._open)
+        self._run(*args, needed=False)
+
     def _run(
-        self, layer: int, base: int, read: PreparedRead, requests: Iterable[Request], staged: bool
+        self,
+        layer: int,
+        base: int,
+        read: PreparedRead,
+        requests: Iterable[Request],
+        staged: bool,
+        needed: bool = True,
     ) -> None:
         """Carry requests out, one after the other; several threads may share what gives them."""
         count, total = 0, 0
-        self._enter()
+        self._enter(needed)
         try:
             for request in requests:
                 self._check_open()
@@ -389,7 +417,7 @@ class RowReader:
             deque(requests, maxlen=0)  # nobody goes on with the rest
             raise
         finally:
-            self._leave(count, total)
+            self._leave(count, total, needed)
 
     def _read_staged(
         self, layer: int, read: PreparedRead, request: Request, offset: int, nbytes: int
@@ -437,15 +465,19 @@ class RowReader:
         extent = self.file.layers[layer]
         return (offset - extent.offset) // extent.layout.stride
 
-    def _enter(self) -> None:
+    def _enter(self, needed: bool) -> None:
         with self._lock:
             if self._under_way == 0:
                 self._since = time.perf_counter()
             self._under_way += 1
+            self._needed += needed
 
-    def _leave(self, requests: int, nbytes: int) -> None:
+    def _leave(self, requests: int, nbytes: int, needed: bool) -> None:
         with self._lock:
             self._under_way -= 1
+            self._needed -= needed
+            if not self._needed:
+                self._quiet.notify_all()
             self._stats.requests += requests
             self._stats.bytes_read += nbytes
             if self._under_way == 0:

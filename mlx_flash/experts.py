@@ -1,0 +1,127 @@
+"""Experts out of slots: mlx-lm's own switch module over the experts that are in memory.
+
+The router is mlx-lm's and stays as it is; the experts that it chose are fetched, their numbers
+become numbers of slots, and the switch module computes from the slots' arrays with its own kernels:
+a token's numbers are the dense model's. Where more experts are wanted than there are slots, as in
+a prompt, tokens are grouped by expert, and the experts pass through two buffers, each read once.
+
+Knows: one layer's switch module and its slots. Does not know: routers but for guessing, budgets,
+which families there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .cache import RowCache
+from .sparse import RowStream, SparseStats
+
+FEW = 4  # tokens at a time for which guessing what the next layer needs makes sense
+
+
+def bind_arrays(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Put arrays into a module by their dotted names, whatever is there."""
+    for name, array in arrays.items():
+        *path, last = name.split(".")
+        target = module
+        for step in path:
+            target = target[step]
+        target[last] = array
+
+
+@dataclass
+class Lookahead:
+    """A guess at the experts of the next layer, from what this layer's experts are given.
+
+    The next layer's router, put to this layer's input: what attention and the experts add in
+    between moves it a little only. A wrong guess costs bytes, nothing else.
+
+    Args:
+        scores: hidden state -> the next layer's scores of experts, see ``mixtures.router_of``.
+        cache: the next layer's slots.
+        top_k: experts per token.
+    """
+
+    scores: Callable[[mx.array], mx.array]
+    cache: RowCache
+    top_k: int
+
+    def guess(self, x: mx.array) -> mx.array:
+        """Expert numbers, [..., top_k]."""
+        return mx.argpartition(-self.scores(x), kth=self.top_k - 1, axis=-1)[..., : self.top_k]
+
+
+class FlashSwitch(nn.Module):
+    """mlx-lm's switch module of one layer, computed from slots.
+
+    Args:
+        switch: the module; its arrays are replaced.
+        cache: the layer's slots.
+        stream: for experts that find no slot, shared by all layers.
+        stats: counters, shared by all layers.
+        ahead: tells what the next layer may need; None for no reading ahead.
+    """
+
+    def __init__(
+        self,
+        switch: nn.Module,
+        cache: RowCache,
+        stream: RowStream,
+        stats: SparseStats,
+        ahead: Lookahead | None = None,
+    ) -> None:
+        super().__init__()
+        self.switch = switch
+        self.layer = cache.layer
+        self._cache, self._stream, self._stats = cache, stream, stats
+        self.ahead(ahead)
+        bind_arrays(switch, cache.memory.arrays)
+
+    def ahead(self, ahead: Lookahead | None) -> None:
+        """Read ahead by this from now on."""
+        self._ahead = ahead
+
+    def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        few = x.size // x.shape[-1] <= FEW
+        guess = self._ahead.guess(x) if self._ahead and few else None
+        mx.eval(indices, *([] if guess is None else [guess]))
+        chosen = np.array(indices, copy=False)
+        wanted = np.unique(chosen)
+        self._stats.predicted += wanted.size
+        self._stats.layer_calls += 1
+        if wanted.size > self._cache.table.capacity:
+            y = self._in_rounds(x, chosen, wanted, args, kwargs)
+        else:
+            self._cache.fetch(wanted)
+            bind_arrays(self.switch, self._cache.memory.arrays)
+            slots = self._cache.table.slot_of[chosen].astype(np.uint32)
+            y = self.switch(x, mx.array(slots), *args, **kwargs)
+            self._cache.built(y)
+            mx.async_eval(y)
+        if guess is not None and self._ahead:
+            self._ahead.cache.foretell(np.unique(np.array(guess, copy=False)))
+        return y
+
+    def _in_rounds(
+        self, x: mx.array, chosen: np.ndarray, wanted: np.ndarray, args: Any, kwargs: Any
+    ) -> mx.array:
+        """The tokens of some experts after those of others, put in order at the end."""
+        tokens, pairs = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
+        outputs, order = [], []
+        for experts, arrays in self._stream.pieces(self.layer, wanted, self._cache):
+            token, choice = np.nonzero(np.isin(pairs, experts))
+            slots = np.searchsorted(experts, pairs[token, choice]).astype(np.uint32)
+            bind_arrays(self.switch, arrays)
+            y = self.switch(tokens[mx.array(token)], mx.array(slots[:, None]), *args, **kwargs)
+            self._stream.built(y)
+            outputs.append(y.squeeze(-2))
+            order.append(token * pairs.shape[1] + choice)
+        back = np.argsort(np.concatenate(order), kind="stable")
+        y = mx.concatenate(outputs)[mx.array(back)]
+        return y.reshape(*chosen.shape, y.shape[-1])
