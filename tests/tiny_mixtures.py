@@ -470,6 +470,7 @@ TINY_MIXTURES: dict[str, dict[str, Any]] = {
             **_SLIDING,
             **WINDOW,
         ),
+        audio_config={"out_hidden_size": 64},
         vision_config=None,
     ),
     "nemotron_h": _moe(
