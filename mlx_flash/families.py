@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import ModelError
+from .mixtures import ALIASES, MIXTURES
 from .models.activations import FUNCTIONS, NAMES, with_threshold
 
 SILU = ("silu", "swish")
@@ -226,7 +227,8 @@ def find(config: dict[str, Any]) -> Ffn:
     if model_type not in FAMILIES:
         raise ModelError(
             f"model_type {model_type!r} is not a family whose FFN this version can page; "
-            f"known: {', '.join(sorted(FAMILIES))}"
+            f"known: {', '.join(sorted(FAMILIES))}; "
+            f"of mixtures of experts: {', '.join(sorted({*MIXTURES, *ALIASES}))}"
         )
     ffn = FAMILIES[model_type]
     # Some configs of text models keep the nesting of the multimodal model they came from.

@@ -21,12 +21,14 @@ from mlx_lm.models.switch_layers import (
     SwitchLinear,
     SwitchMLP,
 )
+from mlx_lm.utils import MODEL_ARCHITECTURE_REMAPPING, MODEL_REMAPPING
 
 from .errors import ModelError
 
 SCORINGS: dict[str, Callable[[mx.array], mx.array]] = {
     "softmax": lambda x: mx.softmax(x, axis=-1, precise=True),
     "sigmoid": mx.sigmoid,
+    "sqrtsoftplus": lambda x: mx.sqrt(nn.softplus(x)),
 }
 GATED = ("gate_proj", "up_proj", "down_proj")
 UNGATED = ("fc1", "fc2")
@@ -34,7 +36,7 @@ UNGATED = ("fc1", "fc2")
 
 @dataclass(frozen=True)
 class Router:
-    """What scores the experts of a layer: ``scoring(hidden @ weight.T + bias) + correction``.
+    """What scores the experts of a layer: ``scoring(scale * hidden @ weight.T) + correction``.
 
     Args:
         module: dotted path from a decoder layer to the module that has ``weight``: a linear layer,
@@ -43,11 +45,13 @@ class Router:
             are taken; None for nothing. Absent from the layer is fine, some configs leave it out.
         scoring: what is applied to the product first, which matters under a correction only: a
             name in ``SCORINGS``.
+        scale: dotted path from a decoder layer to a vector that the hidden state is multiplied by.
     """
 
     module: str
     correction: str | None = None
     scoring: str = "sigmoid"
+    scale: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,18 @@ class Mixture:
         return SwitchGLU if self.gated else SwitchMLP
 
 
-def _corrected(module: str, scoring: str = "sigmoid", name: str = "e_score_correction_bias") -> Any:
+def _corrected(
+    module: str, scoring: str = "sigmoid", name: str = "e_score_correction_bias"
+) -> Router:
     """A router whose own module holds the correction."""
     return Router(module, f"{module}.{name}", scoring)
+
+
+def _sparse_block(router: str, correction: str | None = None, **other: Any) -> Mixture:
+    """Mixtral's names; a correction lies in the block."""
+    block = "block_sparse_moe"
+    scores = Router(f"{block}.{router}", correction and f"{block}.{correction}")
+    return Mixture(f"{block}.switch_mlp", scores, ("num_local_experts",), **other)
 
 
 def _deepseek(**other: Any) -> Mixture:
@@ -93,30 +106,109 @@ def _deepseek(**other: Any) -> Mixture:
 
 
 MIXTURES: dict[str, Mixture] = {
-    "qwen2_moe": Mixture(),
-    "qwen3_moe": Mixture(),
-    "olmoe": Mixture(),
-    "mixtral": Mixture(
-        "block_sparse_moe.switch_mlp", Router("block_sparse_moe.gate"), ("num_local_experts",)
+    # The best of a linear layer's products.
+    **dict.fromkeys(("mellum", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"), Mixture()),
+    **dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe"), Mixture()),
+    "ernie4_5_moe": Mixture(experts=("moe_num_experts",), top_k=("moe_k",)),
+    "hunyuan": Mixture(router=Router("mlp.gate.wg"), top_k=("moe_topk",), dense=("num_experts", 1)),
+    "jamba": Mixture(
+        "feed_forward.switch_mlp", Router("feed_forward.router"), dense=("num_experts", 1)
+    ),
+    "llama4": Mixture(
+        "feed_forward.experts", Router("feed_forward.router"), ("num_local_experts",)
     ),
     "gpt_oss": Mixture("mlp.experts", Router("mlp.router"), ("num_local_experts",)),
-    "deepseek_v3": _deepseek(),
+    **dict.fromkeys(("mixtral", "phimoe"), _sparse_block("gate")),
+    "granitemoe": _sparse_block("router.layer"),
+    "granitemoehybrid": _sparse_block("router.layer", dense=("num_local_experts", 0)),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"),
+        Mixture(
+            "experts.switch_glu",
+            Router("router.proj", scale="router.scale"),
+            top_k=("top_k_experts",),
+            dense=("enable_moe_block", 0),
+        ),
+    ),
+    **dict.fromkeys(("deepseek", "deepseek_v2", "mistral4"), _deepseek(router=Router("mlp.gate"))),
+    "mistral3": _deepseek(router=Router("mlp.gate"), dense=("n_routed_experts", 0)),
+    # The best of a function of it, corrected.
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "kimi_k25", "kimi_vl"), _deepseek()),
+    **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "solar_open"), _deepseek()),
+    "mimo_v2_flash": _deepseek(),
+    "dots1": _deepseek(module="mlp.experts"),
+    "deepseek_v41": _deepseek(
+        module="mlp.experts.switch_mlp", router=_corrected("mlp.gate", "sqrtsoftplus")
+    ),
+    "exaone_moe": Mixture(router=_corrected("mlp.gate")),
+    "muse_spark": Mixture("mlp.experts", _corrected("mlp.gate"), ("num_local_experts",)),
+    "bailing_moe_v3": Mixture(router=_corrected("mlp.gate", name="expert_bias")),
+    **dict.fromkeys(
+        ("bailing_hybrid", "bailing_moe", "bailing_moe_linear"),
+        Mixture(router=Router("mlp.gate.gate_proj", "mlp.gate.expert_bias")),
+    ),
+    "Klear": Mixture("mlp.experts", Router("mlp.gate", "mlp.expert_bias")),
+    "afmoe": Mixture("mlp.experts", Router("mlp.router.gate", "mlp.expert_bias")),
+    **dict.fromkeys(
+        ("kimi_k3", "kimi_linear"),
+        Mixture(
+            router=Router("mlp.gate", "mlp.e_score_correction_bias"),
+            top_k=("num_experts_per_token",),
+        ),
+    ),
+    "laguna": Mixture(router=Router("mlp.gate.proj", "mlp.gate.e_score_correction_bias")),
+    "lfm2_moe": Mixture(
+        "feed_forward.switch_mlp", Router("feed_forward.gate", "feed_forward.expert_bias")
+    ),
+    **dict.fromkeys(("minimax", "minimax_m3_vl"), _sparse_block("gate", "e_score_correction_bias")),
+    "step3p5": Mixture(
+        router=Router("mlp.gate.gate", "mlp.gate.router_bias"),
+        experts=("moe_num_experts",),
+        top_k=("moe_top_k",),
+    ),
+    # The same; scores past the last expert are of "zero experts", which hand on what they get.
+    **dict.fromkeys(
+        ("longcat_flash", "longcat_flash_ngram"),
+        _deepseek(
+            router=Router("mlp.router.classifier", "mlp.router.e_score_correction_bias", "softmax"),
+            top_k=("moe_topk",),
+        ),
+    ),
+    # No gate.
     "nemotron_h": _deepseek(
         module="mixer.switch_mlp",
         router=_corrected("mixer.gate"),
         gated=False,
         dense=("n_routed_experts", 0),
     ),
+    "phixtral": Mixture("moe.switch_mlp", Router("moe.gate"), ("num_local_experts",), gated=False),
+}
+
+# model_type -> entry, of those that mlx-lm runs as another one.
+ALIASES: dict[str, str] = {
+    alias: name for alias, name in MODEL_REMAPPING.items() if name in MIXTURES
 }
 
 
 def find_mixture(config: dict[str, Any]) -> Mixture | None:
     """The mixture entry of a config; None for a dense model, and for families not in the table."""
-    mixture = MIXTURES.get(config.get("model_type", ""))
+    mixture = MIXTURES.get(_name(config))
     if mixture is None or mixture.dense is None:
         return mixture
     key, largest = mixture.dense
     return mixture if _largest(_nested(config).get(key)) > largest else None
+
+
+def _name(config: dict[str, Any]) -> str:
+    """The key of a config in the table, if it has one: what mlx-lm runs the model as."""
+    model_type = config.get("model_type") or ""
+    architectures = config.get("architectures") or ()
+    if isinstance(architectures, str):
+        architectures = (architectures,)
+    for architecture in architectures:
+        if (model_type, architecture) in MODEL_ARCHITECTURE_REMAPPING:
+            return MODEL_ARCHITECTURE_REMAPPING[model_type, architecture]
+    return ALIASES.get(model_type, model_type)
 
 
 def expert_counts(config: dict[str, Any], mixture: Mixture) -> tuple[int, int]:
@@ -138,8 +230,8 @@ def _count(config: dict[str, Any], keys: tuple[str, ...], what: str) -> int:
     nested = _nested(config)
     for key in keys:
         value = nested.get(key)
-        if isinstance(value, list) and value and len(set(value)) == 1:  # one entry per layer
-            value = value[0]
+        if isinstance(value, list) and value:  # one entry per layer
+            value = max(value)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
         if value is not None:
@@ -254,8 +346,10 @@ def router_of(layer: nn.Module, mixture: Mixture) -> Callable[[mx.array], mx.arr
         return None
     linear = isinstance(module, nn.Linear | nn.QuantizedLinear)
     correction = _get(layer, router.correction) if router.correction else None
+    scale = _get(layer, router.scale) if router.scale else None
 
     def scores(hidden: mx.array) -> mx.array:
+        hidden = hidden if scale is None else hidden * scale
         logits = (module(hidden) if linear else hidden @ module.weight.T).astype(mx.float32)
         return logits if correction is None else SCORINGS[router.scoring](logits) + correction
 
