@@ -51,12 +51,15 @@ class Checkpoint(Protocol):
         """Put tokenizer files, licence and card into a directory."""
 
 
-def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, dtype: str | None = None, dequantize: bool = True
+) -> Checkpoint:
     """Open a GGUF file, a Hugging Face directory or a hub name.
 
     Args:
         source: path or hub name ("org/name").
         dtype: float16, bfloat16 or float32 to cast floats to; None keeps the checkpoint's.
+        dequantize: make floats of a GGUF file's quantised tensors.
     """
     if dtype is not None and dtype not in FLOATS:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
@@ -71,7 +74,7 @@ def open_checkpoint(source: str | Path, dtype: str | None = None) -> Checkpoint:
                 f"{path} is a file but no .gguf; expected a GGUF file, a Hugging Face directory "
                 "or a hub name"
             )
-        return GGUFCheckpoint(path, dtype)
+        return GGUFCheckpoint(path, dtype, dequantize)
     if not exists:
         path = _download(str(source))
     return HFCheckpoint(path, dtype)
