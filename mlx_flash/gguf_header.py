@@ -22,9 +22,7 @@ from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .errors import DamagedError, ModelError
-
-QUANTISED = ("Q8_0", "Q4_0", "Q4_1")
-TYPES = ("F32", "F16", "BF16", *QUANTISED)
+from .gguf_quants import is_readable, readable_types
 
 
 class Tensor(NamedTuple):
@@ -130,12 +128,16 @@ def check_types(infos: list[Tensor]) -> None:
     if twice:
         raise ModelError(f"tensors that occur twice: {some(twice)}")
     names = {int(kind): kind.name for kind in GGMLQuantizationType}
-    kinds = {t.name: names.get(t.kind, f"type {t.kind}") for t in infos}
-    bad = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in TYPES]
+    bad = [
+        f"{t.name} is {names.get(t.kind, f'type {t.kind}')}"
+        for t in infos
+        if not is_readable(t.kind)
+    ]
     if bad:
         raise ModelError(
-            f"tensor types that are not supported: {some(bad)}; supported: {', '.join(TYPES)}. "
-            "Quantise the model to Q8_0 instead or convert its Hugging Face checkpoint"
+            f"tensor types that are not supported: {some(bad)}; supported: "
+            f"{', '.join(readable_types())}. Quantise the model to one of these instead, or "
+            "convert its Hugging Face checkpoint"
         )
 
 

@@ -1,32 +1,30 @@
 """A llama GGUF file as a source of Hugging Face llama weights, config and tokenizer.
 
-Knows: the llama architecture (dense, gated SiLU FFN, no biases) with F32, F16, BF16, Q8_0, Q4_0 and
-Q4_1 tensors; the row order of Q and K in a GGUF, which it undoes, so the result is an ordinary
-Hugging Face llama (``rope_traditional`` False); linear, yarn and llama-3 rope scaling. Every check
-is made when the object is built, before any tensor is read (but for the few floats of
-``rope_freqs``). Does not know: mixtures, K-quants, other architectures, files split in shards,
-where the weights go afterwards. Whatever it cannot honour is an error, never a guess.
-
-Tensor data are read, never mapped, in blocks of rows: taking a tensor needs its own size in the
-output dtype and about 20 MB.
+Knows: the llama architecture (dense, gated SiLU FFN, no biases) with the tensor types that the gguf
+package decodes, which stay quantised (``gguf_quants`` says how) or become floats; linear, yarn and
+llama-3 rope scaling. Q and K come in Hugging Face's order of rows, so the result is an ordinary
+llama (``rope_traditional`` False). Every check is made when the object is built, before any tensor
+is read (but for the few floats of ``rope_freqs``). Does not know: mixtures, other architectures,
+files split in shards, where the weights go afterwards. Whatever it cannot honour is an error, never
+a guess.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from . import gguf_tokenizer
-from .errors import DamagedError, ModelError, ReadError
+from .errors import ModelError
 from .gguf_header import (
-    QUANTISED,
     Tensor,
     check_extents,
     check_file,
@@ -35,9 +33,10 @@ from .gguf_header import (
     read_header,
     some,
 )
+from .gguf_quants import Scheme, find_scheme
+from .gguf_tensors import affine_shapes, read_affine, read_floats, read_rows
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-BLOCK_BYTES = 4 << 20  # of float32 values; the library's working copies are several times that
 
 # GGUF name -> Hugging Face name and shape: h hidden, q queries, k keys, f FFN, v vocabulary.
 _GLOBAL = {
@@ -66,13 +65,25 @@ rope.scaling.yarn_ext_factor rope.scaling.yarn_log_multiplier"""
 class GGUFCheckpoint:
     """Config, tensors and tokenizer of one GGUF file, under the names of a Hugging Face llama.
 
+    A quantised matrix X is three tensors, as mlx-lm names them: ``X.weight`` (packed codes),
+    ``X.scales`` and ``X.biases``; ``config["quantization"]`` says how they are packed.
+
     Args:
         path: the file.
-        dtype: "float16", "bfloat16" or "float32" for all tensors. Default: bfloat16 if any tensor
-            is quantised or bfloat16, else float16 if any is, else float32.
+        dtype: "float16", "bfloat16" or "float32" for all floats, scales and biases among them.
+            Default: float16 if any matrix stays quantised, as the file has its scales; bfloat16
+            if any tensor is quantised and made floats, or is bfloat16; else float16 if any is,
+            else float32. bfloat16 rounds scales and biases (relative error up to 2^-8); float32
+            holds the scales of every type whose codes are kept. On a CPU, MLX 0.32 multiplies
+            quantised matrices with sums in that type: float32 is the fast and the accurate one.
+        dequantize: make floats of all tensors.
+
+    Attributes:
+        requantised: type that had to be quantised anew, with an error of its own -> number of
+            such tensors, bits, group size.
     """
 
-    def __init__(self, path: Path, dtype: str | None = None) -> None:
+    def __init__(self, path: Path, dtype: str | None = None, dequantize: bool = False) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise ModelError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
         self.path = Path(path)
@@ -89,66 +100,67 @@ class GGUFCheckpoint:
             check_extents(infos, stat.st_size)
             self._head_dim = dims["head_dim"]
             self._tensors = {name: by_name[source] for source, name in names.items()}
-            self._dtype = dtype or _default_dtype(infos)
-            self.config: dict[str, Any] = _config(self._meta, dims, self._dtype, tied)
+            self._schemes = {} if dequantize else _schemes(self._tensors)
+            dtype = dtype or _default_dtype(infos, bool(self._schemes))
+            self._dtype = DTYPES[dtype]
+            self.config: dict[str, Any] = _config(self._meta, dims, dtype, tied)
             freqs = by_name.get("rope_freqs.weight")
-            factors = None if freqs is None else self._read(freqs, 0, 1)[0]
+            factors = None if freqs is None else _read_vector(self.path, freqs)
             if scaling := _rope_scaling(self._meta, self.config, factors):
                 self.config["rope_scaling"] = scaling
-        self.shapes: dict[str, tuple[int, ...]] = {n: t.shape for n, t in self._tensors.items()}
-        self.dtypes: dict[str, mx.Dtype] = dict.fromkeys(self.shapes, DTYPES[self._dtype])
+        if self._schemes:
+            self.config["quantization"] = _quantization(self._schemes)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, mx.Dtype] = {}
+        self.requantised: dict[str, tuple[int, int, int]] = {}
+        for name, tensor in self._tensors.items():
+            self._list(name.removesuffix(".weight"), tensor)
+        self._taken: tuple[str, dict[str, mx.array]] = ("", {})
         what = [self.path.name, stat.st_size, stat.st_mtime_ns, self._meta, infos]
         digest = hashlib.sha256(json.dumps(what).encode())
         self.fingerprint: str = digest.hexdigest()[:16]
         self.predictors: dict[str, mx.array] = {}
 
+    def _list(self, path: str, tensor: Tensor) -> None:
+        scheme = self._schemes.get(path)
+        shapes = affine_shapes(tensor, scheme) if scheme else {"weight": tensor.shape}
+        for part, shape in shapes.items():
+            packed = scheme is not None and part == "weight"
+            self.shapes[f"{path}.{part}"] = shape
+            self.dtypes[f"{path}.{part}"] = mx.uint32 if packed else self._dtype
+        if scheme and scheme.anew:
+            count = self.requantised.get(tensor.type.name, (0,))[0]
+            self.requantised[tensor.type.name] = (count + 1, scheme.bits, scheme.group)
+
     def take(self, name: str) -> mx.array:
-        """The evaluated tensor in its output dtype; reads that tensor's bytes and no others."""
-        if name not in self._tensors:
-            raise ModelError(f"{self.path}: no tensor {name!r} among its {len(self._tensors)}")
-        tensor, dtype = self._tensors[name], self.dtypes[name]
-        permuted = name.endswith(("q_proj.weight", "k_proj.weight"))
-        unit = self._head_dim if permuted else 1
-        step = max(1, BLOCK_BYTES // (4 * tensor.shape[-1] * unit)) * unit
-        out = mx.zeros((tensor.rows, tensor.shape[-1]), dtype=dtype)
-        for start in range(0, tensor.rows, step):
+        """The evaluated tensor; reads the bytes of that tensor and no others.
+
+        The three parts of a quantised matrix lie together in the file: the parts not asked for are
+        kept until they are taken or the next tensor is. Taken one after another, they are read
+        once.
+        """
+        if name not in self.shapes:
+            raise ModelError(f"{self.path}: no tensor {name!r} among its {len(self.shapes)}")
+        path, _, part = name.rpartition(".")
+        tensor = self._tensors[f"{path}.weight"]
+        head_dim = self._head_dim if path.endswith(("q_proj", "k_proj")) else 0
+        held, parts = self._taken
+        if path != held or part not in parts:
+            self._taken = ("", {})
+            del parts  # freed before the next are made
             with naming(self.path):
-                block = self._read(tensor, start, min(step, tensor.rows - start))
-                _check_range(block, tensor, dtype)
-            if permuted:
-                block = _unpermute(block, unit)
-            # Evaluated at once, so that mlx updates ``out`` in place instead of copying it.
-            out[start : start + len(block)] = mx.array(block).astype(dtype)
-            mx.eval(out)
-        out = out.reshape(tensor.shape)
-        mx.eval(out)
-        return out
+                scheme = self._schemes.get(path)
+                if scheme is None:
+                    return read_floats(self.path, tensor, self._dtype, head_dim)
+                parts = read_affine(self.path, tensor, scheme, self._dtype, head_dim)
+            self._taken = (path, parts)
+        return parts.pop(part)
 
     def write_tokenizer(self, out: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json (with the chat template) and
         generation_config.json, and tokenizer.model for a sentencepiece vocabulary, into ``out``."""
         with naming(self.path):
             gguf_tokenizer.write(self._meta, Path(out), self.config["max_position_embeddings"])
-
-    def _read(self, tensor: Tensor, start: int, rows: int) -> np.ndarray:
-        """``rows`` rows from ``start`` on, as float32."""
-        raw = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
-        view, at = memoryview(raw).cast("B"), tensor.offset + start * tensor.row_bytes
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(at)
-                done = 0
-                while count := file.readinto(view[done:]):
-                    done += count
-        except OSError as error:
-            where = f"{self.path}: tensor {tensor.name}, {len(view)} bytes at {at}"
-            raise ReadError(f"{where}: {error.strerror}") from error
-        if done < len(view):
-            raise DamagedError(
-                f"the file was cut since it was opened: tensor {tensor.name} goes on to byte "
-                f"{at + len(view)}, the file ends at {at + done}. Fetch the file again"
-            )
-        return dequantize(raw, tensor.type)
 
 
 def _dimensions(meta: dict[str, Any]) -> dict[str, int]:
@@ -243,9 +255,29 @@ def _check_tensors(tensors: dict[str, Tensor], dims: dict[str, int], tied: bool)
     return {f"{source}.weight": f"{name}.weight" for source, (name, _) in table.items()}
 
 
-def _default_dtype(infos: list[Tensor]) -> str:
+def _schemes(tensors: dict[str, Tensor]) -> dict[str, Scheme]:
+    """Path of each matrix that stays quantised, without ``.weight``; vectors become floats."""
+    found = {
+        name.removesuffix(".weight"): find_scheme(tensor.type)
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2
+    }
+    return {path: scheme for path, scheme in found.items() if scheme}
+
+
+def _quantization(schemes: dict[str, Scheme]) -> dict[str, Any]:
+    """mlx-lm's: what most matrices have, and by path what the others have."""
+    configs = {path: scheme.to_config() for path, scheme in schemes.items()}
+    (bits, group), _ = Counter((s.bits, s.group) for s in schemes.values()).most_common(1)[0]
+    most = Scheme(bits, anew=False, group=group).to_config()
+    return most | {path: config for path, config in configs.items() if config != most}
+
+
+def _default_dtype(infos: list[Tensor], quantised: bool) -> str:
     kinds = {t.type.name for t in infos}
-    if kinds & {"BF16", *QUANTISED}:
+    if quantised:
+        return "float16"
+    if kinds - {"F32", "F16"}:
         return "bfloat16"
     return "float16" if "F16" in kinds else "float32"
 
@@ -270,6 +302,10 @@ def _config(meta: dict[str, Any], dims: dict[str, int], dtype: str, tied: bool) 
     if dims["q"] != dims["h"] or "llama.attention.key_length" in meta:
         config["head_dim"] = dims["head_dim"]
     return config | gguf_tokenizer.config_ids(meta)
+
+
+def _read_vector(path: Path, tensor: Tensor) -> np.ndarray:
+    return dequantize(read_rows(path, tensor, 0, 1), tensor.type)[0]
 
 
 def _rope_scaling(
@@ -315,16 +351,3 @@ def _llama3_scaling(factors: np.ndarray, theta: float, context: int) -> dict[str
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": context,
     }
-
-
-def _check_range(block: np.ndarray, tensor: Tensor, dtype: mx.Dtype) -> None:
-    if dtype == mx.float16 and tensor.type != GGMLQuantizationType.F16:
-        top = float(np.abs(block).max())
-        if top > 65504:
-            raise ModelError(f"{tensor.name} holds {top:g}, beyond float16; choose bfloat16")
-
-
-def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Whole heads in GGUF order (pairs side by side) back to Hugging Face order (halves)."""
-    pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

