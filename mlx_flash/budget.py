@@ -152,6 +152,7 @@ class SparseNeeds:
         demand: of each layer, how many rows it would have the cache hold; only the proportions
             count.
         buffers: for rows that find no slot, and for prompts.
+        unit: what rows are called.
     """
 
     predictors: tuple[int, ...]
@@ -159,6 +160,7 @@ class SparseNeeds:
     rows: tuple[int, ...]
     demand: tuple[float, ...]
     buffers: int
+    unit: str = "FFN rows"
 
     @property
     def least_slots(self) -> tuple[int, ...]:
@@ -271,10 +273,16 @@ def make_sparse_plan(ram: int, needs: Needs, sparse: SparseNeeds, machine: int) 
     least = sparse_plan_of(ram, needs, sparse, sparse.least_slots, needs.min_step)
     if ram < least.total:
         listed = "\n".join(f"  {n / 1e6:10.1f} MB  {label}" for label, n in least.table.items())
+        predictors, other = (
+            " with its predictors",
+            (f"; without predictors the least is {show(round_up(needs.least))}"),
+        )
+        if not any(sparse.predictors):
+            predictors = other = ""
         raise BudgetError(
-            f"RAM budget {show(ram)} is too small for this model with its predictors; the least "
+            f"RAM budget {show(ram)} is too small for this model{predictors}; the least "
             f"that works is {show(round_up(least.total))}:\n{listed}\nA shorter context needs "
-            f"less; without predictors the least is {show(round_up(needs.least))}."
+            f"less{other}."
         )
     smallest = needs.workspace(needs.min_step)
     room = ram - least.total + sparse.bytes_of(sparse.least_slots) + smallest
@@ -295,8 +303,9 @@ def sparse_plan_of(
         for label, size in needs.table(step, kept).items()
         if "streaming" not in label and label != "slack"
     }
-    table["predictors"] = sum(sparse.predictors[i] for i in slots)
-    table[f"cached FFN rows, {100 * share:.0f} % of {len(slots)} layers"] = sum(
+    if predictors := sum(sparse.predictors[i] for i in slots):
+        table["predictors"] = predictors
+    table[f"cached {sparse.unit}, {100 * share:.0f} % of {len(slots)} layers"] = sum(
         n * sparse.slots[i] for i, n in slots.items()
     )
     table["2 row buffers"] = sparse.buffers

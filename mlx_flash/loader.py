@@ -24,10 +24,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 
-from . import families, footprint
+from . import footprint
 from .architectures import get_classes
 from .budget import (
-    BUFFERS,
     Needs,
     Plan,
     check_machine,
@@ -40,14 +39,16 @@ from .budget import (
 )
 from .cache import RowCache
 from .directory import ModelDirectory
-from .errors import BudgetError, ModelError
-from .ffn import FlashMLP, dense_weights, placeholders, use_rows
+from .errors import BudgetError
 from .needs import MLX_CACHE, foreign_errors, needs_of, sparse_needs, tokens_in
+from .pagers import make_pager
 from .policy import DEFAULT_POLICY, DEFAULT_WINDOW, Policy, SlidingWindow, make_policy
 from .reader import ReadStats, RowReader
 from .selection import Selection, select
-from .sparse import RowStream, SparseMLP, SparseStats
+from .sparse import RowStream, SparseStats
 from .stream import LayerStream
+
+LOOKAHEAD = False  # see benchmarks/mixture.py
 
 
 @dataclasses.dataclass
@@ -56,7 +57,8 @@ class FlashStats(ReadStats):
 
     ``hits`` and ``misses`` count rows found in memory and rows that had to be read;
     ``wait_seconds`` is the time that computing stood still for reading; ``forwards`` counts calls
-    of the model, prompt chunks included. Of layers whose rows are predicted: ``predicted`` rows, in
+    of the model, prompt chunks included; ``foretold`` rows were read on a guess, ``useful`` of them
+    then needed. Of layers whose rows are predicted: ``predicted`` rows, in
     ``layer_calls`` calls, ``predict_seconds`` for saying which, ``manage_seconds`` for bookkeeping.
     """
 
@@ -64,6 +66,8 @@ class FlashStats(ReadStats):
     hits: int = 0
     misses: int = 0
     forwards: int = 0
+    foretold: int = 0
+    useful: int = 0
     predicted: int = 0
     layer_calls: int = 0
     predict_seconds: float = 0.0
@@ -80,20 +84,35 @@ class Flash:
         reader: RowReader,
         selection: Selection | None = None,
         policies: Callable[[int], Policy] = SlidingWindow,
+        lookahead: bool = False,
     ) -> None:
         self.directory = directory
         self.plan = plan
         self.reader = reader
         self.selection = selection if plan.slots else None
-        self.stream: LayerStream | None = None
-        self.rows: RowStream | None = None
-        self.caches: dict[int, RowCache] = {}
-        self._policies = policies
+        self.lookahead = lookahead
         self._sparse = SparseStats()
+        self.pager = make_pager(
+            directory, plan, reader, self._sparse, self.selection, policies, lookahead
+        )
         self.max_tokens: int | None = None
         self._forwards = 0
-        self.ffns: list[tuple[str, nn.Module]] = []
         self._lock = threading.Lock()
+
+    @property
+    def stream(self) -> LayerStream | None:
+        """What streams whole layers, where any are."""
+        return self.pager.stream
+
+    @property
+    def rows(self) -> RowStream | None:
+        """What brings rows that find no slot."""
+        return self.pager.rows
+
+    @property
+    def caches(self) -> dict[int, RowCache]:
+        """Layer -> its slots."""
+        return self.pager.caches
 
     def stats(self) -> FlashStats:
         """The counters as they stand."""
@@ -105,6 +124,8 @@ class Flash:
             hits=kept * self._forwards + sum(cache.hits for cache in caches),
             misses=sum(cache.misses for cache in caches),
             forwards=self._forwards,
+            foretold=sum(cache.foretold for cache in caches),
+            useful=sum(cache.useful for cache in caches),
             **dataclasses.asdict(self._sparse),
         )
         if self.stream:
@@ -121,18 +142,6 @@ class Flash:
             self.stream.close()
         self.reader.close()
 
-    def install(self, model: nn.Module) -> None:
-        """Drop the FFN weights of the layers whose rows are not kept."""
-        found = families.modules(model, self.directory.ffn)
-        if len(found) != len(self.directory.rows.layers):
-            raise ModelError(
-                f"{self.directory.path}: the config makes {len(found)} layers, the row file has "
-                f"{len(self.directory.rows.layers)}"
-            )
-        self.ffns = found
-        for i in (*self.plan.streamed, *self.plan.slots):
-            use_rows(found[i][1], self.directory.ffn)
-
     def weights(
         self,
         resident: dict[str, mx.array],
@@ -141,41 +150,25 @@ class Flash:
         """The resident weights and those of the layers that are kept, read now.
 
         The directory's weights are sanitised already, but mlx-lm's ``sanitize`` may also set the
-        model up by what is among them (gemma3 ties its head), so it is shown every name, the
-        streamed ones as placeholders that nothing evaluates; what it returns is not used.
+        model up by what is among them (gemma3 ties its head), so it is shown every name, those
+        that are paged as placeholders that nothing evaluates; what it returns is not used.
         """
         weights = dict(resident)
-        streamed = set()
-        for i, (path, _) in enumerate(self.ffns):
-            if i in self.plan.kept:
-                found = dense_weights(self.reader, i, self.directory.ffn)
-            else:
-                found = placeholders(self.directory.rows, i, self.directory.ffn)
-                streamed |= {f"{path}.{name}.weight" for name in found}
-            weights |= {f"{path}.{name}.weight": weight for name, weight in found.items()}
+        left_out = set()
+        for i, (path, _) in enumerate(self.pager.found):
+            kept = i in self.plan.kept
+            found = self.pager.kept(i) if kept else self.pager.missing(i)
+            found = {f"{path}.{name}": weight for name, weight in found.items()}
+            weights |= found
+            if self.pager.partial and not kept:
+                left_out |= found.keys()
         sanitize(dict(weights))
-        return {name: weight for name, weight in weights.items() if name not in streamed}
+        return {name: weight for name, weight in weights.items() if name not in left_out}
 
     def start(self, model: nn.Module) -> None:
-        """Put the paged FFNs in place."""
-        ffn, layers = self.directory.ffn, self.directory.rows.layers
-        paged: dict[int, nn.Module] = {}
-        if self.plan.streamed:
-            self.stream = LayerStream(self.reader, self.plan.streamed, BUFFERS)
-            paged = {i: FlashMLP(self.ffns[i][1], ffn, i, self.stream) for i in self.plan.streamed}
-        if self.plan.slots and self.selection:
-            parts = [part for part in ffn.parts if part != self.selection.provides]
-            most = max(layers[i].rows for i in self.plan.slots)
-            self.rows = RowStream(self.reader, most, parts)
-            for i, slots in self.plan.slots.items():
-                predictor = self.selection.build(self.reader, i, self.ffns[i][1], ffn)
-                self.caches[i] = RowCache(
-                    self.reader, i, slots, policy=self._policies(layers[i].rows), parts=parts
-                )
-                paged[i] = SparseMLP(
-                    self.ffns[i][1], ffn, predictor, self.caches[i], self.rows, self._sparse
-                )
-        model.update_modules(tree_unflatten([(self.ffns[i][0], m) for i, m in paged.items()]))
+        """Put the paged FFNs in place, then take the resident weights into memory."""
+        model.update_modules(tree_unflatten(list(self.pager.start().items())))
+        mx.eval(model.parameters())
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
         """Run the model, a prompt in chunks that the plan has memory for.
@@ -230,6 +223,7 @@ def load(
     policy: str = DEFAULT_POLICY,
     window: int = DEFAULT_WINDOW,
     cache_share: float | None = None,
+    lookahead: bool | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model directory for mlx_lm's ``generate``, ``stream_generate``, ``make_prompt_cache``.
 
@@ -251,6 +245,8 @@ def load(
         window: tokens that the policy "window" keeps rows for.
         cache_share: for experiments, the share of every layer's rows that the cache holds, instead
             of what the budget would buy.
+        lookahead: of mixtures, whether to read ahead what the next layer's router would choose;
+            None takes the default.
 
     With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
     used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
@@ -273,6 +269,7 @@ def load(
         policy=policy,
         window=window,
         cache_share=cache_share,
+        lookahead=lookahead,
     )
     return model, tokenizer
 
@@ -295,6 +292,7 @@ def load_model(
     policy: str = DEFAULT_POLICY,
     window: int = DEFAULT_WINDOW,
     cache_share: float | None = None,
+    lookahead: bool | None = None,
 ) -> nn.Module:
     """Like ``load``, without the tokenizer."""
     if context is not None and context < 1:
@@ -306,21 +304,23 @@ def load_model(
     try:
         needs = needs_of(directory, reader, context)
         budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
-        if selection:
-            explicit = predictor != "auto"
+        if use_flash and kept_share is None and (selection or directory.mixture):
+            explicit = predictor != "auto" or selection is None
             plan = choose_sparse(budget, needs, directory, selection, explicit, cache_share)
         else:
             plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
         policies = functools.partial(make_policy, policy, window=window)
-        flash = Flash(directory, plan, reader, selection, policies)
+        if lookahead is None:
+            lookahead = LOOKAHEAD
+        flash = Flash(directory, plan, reader, selection, policies, lookahead)
         if ram is not None:
             mx.set_cache_limit(MLX_CACHE)
             flash.max_tokens = needs.context
         classes = functools.partial(_classes, flash=flash, paged=use_flash)
         with foreign_errors(directory):
-            model, _ = utils.load_model(directory.path, get_model_classes=classes)
-        if use_flash:
+            model, _ = utils.load_model(directory.path, lazy=True, get_model_classes=classes)
             flash.start(model)
+        if use_flash:
             model.flash = flash
     except BaseException:
         reader.close()
@@ -354,11 +354,11 @@ def choose_sparse(
     budget: int,
     needs: Needs,
     directory: ModelDirectory,
-    selection: Selection,
+    selection: Selection | None,
     explicit: bool,
     cache_share: float | None = None,
 ) -> Plan:
-    """The plan for a model whose rows are predicted.
+    """The plan for a model whose rows are predicted, or are experts.
 
     Args:
         explicit: the predictor was asked for by name; else layers are streamed whole where it does
@@ -386,7 +386,7 @@ def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, t
     class FlashModel(base):
         def __init__(self, args: Any) -> None:
             super().__init__(args)
-            flash.install(self)
+            flash.pager.find(self)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             return flash.weights(weights, getattr(super(), "sanitize", lambda given: given))

@@ -15,13 +15,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from . import footprint
-from .architectures import get_classes
+from . import footprint, mixtures
+from .architectures import make_model
 from .budget import BUFFERS, MAX_STEP, Needs, SparseNeeds
-from .cache import DTYPES, slot_bytes
+from .cache import slot_bytes
 from .directory import ModelDirectory
 from .errors import FlashError, ModelError
 from .ffn import CHUNK_BYTES
+from .packed import without
 from .reader import RowReader
 from .selection import Selection
 from .sparse import chunk_rows
@@ -53,13 +54,13 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
     """What the model in a directory needs, by size; nothing is loaded."""
     if context is None:
         context = min(DEFAULT_CONTEXT, directory.config.get("max_position_embeddings") or 2**31)
-    layout, layers = directory.rows.layout, directory.rows.layers
+    layers = directory.rows.layers
     kv_cache = kv_bytes(directory, context)
     mx.clear_cache()
     footprint.trim()
     resident = sum(file.stat().st_size for file in directory.shards)
-    weights = tuple(layer.rows * layout.ideal_bytes for layer in layers)
-    widest = max(layer.rows for layer in layers)
+    weights = tuple(layer.rows * layer.layout.ideal_bytes for layer in layers)
+    widest = max(layer.rows * slot_bytes(layer.layout) for layer in layers)
     return Needs(
         process=footprint.current(),
         resident=resident,
@@ -68,23 +69,32 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
         reader=reader.overhead_bytes + CHUNK_BYTES,
         slack=SLACK + int(SLACK_SHARE * (resident + sum(weights))),
         layers=weights,
-        buffer=widest * sum(layout.extents),
+        buffer=widest,
         buffers=min(BUFFERS, len(layers)),
-        workspace=functools.partial(_workspace, directory.config, widest, layout, context),
+        workspace=functools.partial(_workspace, directory, context),
     )
 
 
-def sparse_needs(directory: ModelDirectory, selection: Selection) -> SparseNeeds:
-    """What it takes to page the rows that the selected predictors name."""
-    layout, layers = directory.rows.layout, directory.rows.layers
-    parts = [part.name for part in layout.parts if part.name != selection.provides]
+def sparse_needs(directory: ModelDirectory, selection: Selection | None) -> SparseNeeds:
+    """What it takes to page the rows that the selected predictors name, or a mixture's experts."""
+    layers = directory.rows.layers
     rows = tuple(layer.rows for layer in layers)
+    provided = selection.provides if selection else None
+    slots = tuple(
+        slot_bytes(layer.layout, without([p.name for p in layer.layout.parts], provided))
+        for layer in layers
+    )
+    buffer = max(
+        chunk_rows(layer.layout.stride, max(rows)) * size
+        for layer, size in zip(layers, slots, strict=True)
+    )
     return SparseNeeds(
-        predictors=selection.nbytes,
-        slots=(slot_bytes(layout, parts),) * len(layers),
+        predictors=selection.nbytes if selection else (0,) * len(layers),
+        slots=slots,
         rows=rows,
-        demand=selection.demand,
-        buffers=2 * chunk_rows(layout.stride, max(rows)) * slot_bytes(layout, parts),
+        demand=selection.demand if selection else rows,
+        buffers=2 * buffer,
+        unit="experts" if directory.mixture else "FFN rows",
     )
 
 
@@ -94,9 +104,8 @@ def kv_bytes(directory: ModelDirectory, context: int) -> int:
     A forward pass of one token is built but never evaluated; the shapes of its caches tell.
     """
     with foreign_errors(directory):
-        model_class, args_class = get_classes(directory.config)
-        model = model_class(args_class.from_dict(directory.config))
-        model.set_dtype(DTYPES[directory.rows.layout.parts[0].dtype])
+        model = make_model(directory.config)
+        model.set_dtype(directory.dtype)
         cache = make_prompt_cache(model)
         model(mx.zeros((1, 1), mx.int32), cache=cache)
     sizes = [_cache_bytes(leaf, context) for leaf in _leaves(cache)]
@@ -131,13 +140,17 @@ def tokens_in(cache: Any) -> int:
     return 0
 
 
-def _workspace(config: dict[str, Any], rows: int, layout: Any, context: int, step: int) -> int:
+def _workspace(directory: ModelDirectory, context: int, step: int) -> int:
     """Bytes that computing ``step`` tokens takes besides what is kept, from above."""
+    config, d_model = directory.config, directory.d_model
     text = config.get("text_config") or config
-    item = DTYPES[layout.parts[0].dtype].size
-    heads = text.get("num_attention_heads") or text.get("n_head") or layout.parts[0].width // 64
+    item = directory.dtype.size
+    heads = text.get("num_attention_heads") or text.get("n_head") or d_model // 64
     vocab = text.get("vocab_size", 0)
     attention = 4 * heads * step * (context + step) * item
-    hidden = step * (4 * rows + 12 * layout.parts[0].width) * item
+    wide = 4 * directory.d_ffn + 12 * d_model
+    if directory.mixture:  # every token once for each of its experts
+        _, top_k = mixtures.expert_counts(config, directory.mixture)
+        wide = top_k * (4 * directory.d_ffn + 6 * d_model) + wide
     head = vocab * (item + 5 * 4)
-    return attention + hidden + head + MLX_CACHE
+    return attention + step * wide * item + head + MLX_CACHE

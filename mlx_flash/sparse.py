@@ -23,10 +23,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .cache import RowCache, SlotMemory
+from .cache import RowCache, SlotMemory, slot_bytes
 from .errors import FlashError
 from .families import Ffn
 from .ffn import bind_some
+from .layout import RowLayout
 from .packed import Rows, Scheme, rows_of
 from .predictor import Prediction, Predictor, ResidentPart
 from .reader import RowReader
@@ -62,6 +63,7 @@ class RowStream:
         reader: reads the rows.
         rows: of the largest layer.
         parts: of a row, those that are needed; None for all.
+        exact: see ``SlotMemory``.
     """
 
     def __init__(
@@ -71,16 +73,32 @@ class RowStream:
         parts: Sequence[str] | None = None,
         exact: bool = False,
     ) -> None:
-        layout = reader.file.layout
-        self.capacity = chunk_rows(layout.stride, rows)
+        self.capacities = {
+            layout: chunk_rows(layout.stride, rows) for layout in reader.file.layouts
+        }
         self.wait_seconds = 0.0
         self.rows_read = 0
         self._reader = reader
-        self._buffers = [
-            SlotMemory(reader.file.layout, self.capacity, parts=parts) for _ in range(2)
-        ]
+        self._buffers = [self._memories(parts, exact) for _ in range(2)]
         self._built_on: list[list[mx.array]] = [[], []]
         self._turn = 0
+
+    def _memories(self, parts: Sequence[str] | None, exact: bool) -> dict[RowLayout, SlotMemory]:
+        """One buffer, laid out for each kind of row; all share its memory."""
+        largest = max(
+            self.capacities, key=lambda one: self.capacities[one] * slot_bytes(one, parts)
+        )
+        memory = SlotMemory(largest, self.capacities[largest], parts=parts, exact=exact)
+        rest = {
+            layout: SlotMemory(layout, count, share=memory, parts=parts, exact=exact)
+            for layout, count in self.capacities.items()
+            if layout != largest
+        }
+        return {largest: memory, **rest}
+
+    def capacity(self, layer: int) -> int:
+        """Rows of a layer that fit one buffer."""
+        return self.capacities[self._reader.file.layers[layer].layout]
 
     def pieces(
         self, layer: int, rows: np.ndarray, cache: RowCache | None
@@ -96,7 +114,7 @@ class RowStream:
             here, keep = cache.claim(rows)
         else:
             here = keep = np.full(rows.size, -1)
-        size = self.capacity
+        size = self.capacity(layer)
         todo = [
             _Piece(*(array[at : at + size] for array in (rows, here, keep)))
             for at in range(0, rows.size, size)
@@ -107,7 +125,7 @@ class RowStream:
                 for i, piece in enumerate(todo):
                     if i == 0:
                         self._start(layer, piece, cache)
-                    buffer = self._buffers[self._turn]
+                    buffer = self._buffer(layer)
                     began = time.perf_counter()
                     self._reader.wait(piece.reads)
                     self.wait_seconds += time.perf_counter() - began
@@ -123,6 +141,9 @@ class RowStream:
             finally:
                 self._reader.drop([read for piece in todo for read in piece.reads])
 
+    def _buffer(self, layer: int) -> SlotMemory:
+        return self._buffers[self._turn][self._reader.file.layers[layer].layout]
+
     def built(self, result: mx.array) -> None:
         """Say which lazy array reads the piece handed out last; it is set going."""
         mx.async_eval(result)
@@ -130,7 +151,7 @@ class RowStream:
 
     def _start(self, layer: int, piece: _Piece, cache: RowCache | None) -> None:
         """Fill the buffer whose turn it is: copy what is in slots, begin to read the rest."""
-        buffer = self._buffers[self._turn]
+        buffer = self._buffer(layer)
         mx.eval(self._built_on[self._turn])
         self._built_on[self._turn].clear()
         missing = np.flatnonzero(piece.here < 0)
@@ -141,7 +162,7 @@ class RowStream:
                     count = piece.rows.size
                     np.take(source, piece.here, axis=0, out=target[:count], mode="clip")
         if missing.size:
-            prepared = self._reader.prepare(piece.rows[missing], missing, buffer.views)
+            prepared = self._reader.prepare(piece.rows[missing], missing, buffer.views, layer)
             piece.reads = self._reader.submit(layer, prepared)
             self.rows_read += missing.size
 
@@ -263,7 +284,7 @@ class SparseMLP(nn.Module):
     ) -> mx.array:
         """The FFN over rows that are streamed; of more than one piece summed in float32."""
         stream = self._stream
-        many = not 0 < rows.size <= stream.capacity
+        many = not 0 < rows.size <= stream.capacity(self.layer)
         total: mx.array | None = None
         began, waited = time.perf_counter(), stream.wait_seconds
         for piece, arrays in stream.pieces(self.layer, rows, cache):

@@ -72,6 +72,10 @@ class LayerStream:
         self._held: tuple[_Ahead, mx.array | None] | None = None
         self._next = 0
 
+    def memories(self, layer: int) -> list[SlotMemory]:
+        """Where the rows of a layer may be when it is acquired."""
+        return [sizes[self._size[layer]] for sizes in self.buffers]
+
     def acquire(self, layer: int, before: mx.array) -> SlotMemory:
         """The rows of ``layer``, one a slot, as many slots as rows.
 

@@ -189,8 +189,9 @@ def _experts(checkpoint: Checkpoint, mixture: Mixture, model: nn.Module) -> RowP
         count = getattr(module, mixture.projections[0]).num_experts
         own = {}
         for name in sorted(checkpoint.shapes):
-            if name.startswith(path + "."):
-                own[name.removeprefix(path + ".")] = name
+            part = name.removeprefix(path + ".")
+            if part != name and part.split(".")[0] in mixture.projections:
+                own[part] = name
         odd = [name for name in own.values() if checkpoint.shapes[name][:1] != (count,)]
         if odd or not own:
             raise ModelError(

@@ -1,0 +1,319 @@
+"""What of a model's FFNs is put in place of mlx-lm's modules, for each unit of rows.
+
+A pager says where the FFNs are, which weights they are loaded with, and which modules stand in for
+those whose rows are not kept. Kept layers are mlx-lm's own modules with weights read from the row
+file.
+
+Knows: one model directory, its plan. Does not know: how a model is loaded or called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import families, mixtures
+from .budget import BUFFERS, Plan
+from .cache import DTYPES, RowCache, SlotMemory
+from .directory import ModelDirectory
+from .errors import ModelError
+from .experts import FlashSwitch, Lookahead, bind_arrays
+from .families import projections
+from .ffn import FlashMLP, PackedRows, dense_weights, placeholders, use_rows
+from .packed import without
+from .policy import Policy
+from .reader import RowReader
+from .selection import Selection
+from .sparse import RowStream, SparseMLP, SparseStats
+from .stream import LayerStream
+
+Policies = Callable[[int], Policy]
+
+
+class Pager(Protocol):
+    """The paged FFNs of one model."""
+
+    stream: LayerStream | None
+    rows: RowStream | None
+    caches: dict[int, RowCache]
+    partial: bool  # weights of layers that are not kept are left out, not placeholders
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(path, module) of each layer of the row file; modules are made ready for loading."""
+
+    def kept(self, layer: int) -> dict[str, mx.array]:
+        """Weights of a layer by their names in its module, read now."""
+
+    def missing(self, layer: int) -> dict[str, mx.array]:
+        """Arrays of the names and shapes of ``kept``, never to be evaluated."""
+
+    def start(self) -> dict[str, nn.Module]:
+        """Path -> module to put there; called once weights are loaded."""
+
+
+class _Pager:
+    def __init__(
+        self, directory: ModelDirectory, plan: Plan, reader: RowReader, stats: SparseStats
+    ) -> None:
+        self.directory, self.plan, self.reader, self.stats = directory, plan, reader, stats
+        self.stream: LayerStream | None = None
+        self.rows: RowStream | None = None
+        self.caches: dict[int, RowCache] = {}
+        self.found: list[tuple[str, nn.Module]] = []
+
+    def _check(self, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+        layers = len(self.directory.rows.layers)
+        if len(found) != layers:
+            raise ModelError(
+                f"{self.directory.path}: the config makes {len(found)} layers, the row file has "
+                f"{layers}"
+            )
+        self.found = found
+        return found
+
+
+class NeuronPager(_Pager):
+    """Rows are neurons: of layers that are not kept whole rows or single ones are read.
+
+    Args:
+        selection: predictors of the rows that fire; None where whole layers are streamed.
+        policies: rows of a layer -> a policy for its slots.
+    """
+
+    partial = True
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        plan: Plan,
+        reader: RowReader,
+        stats: SparseStats,
+        selection: Selection | None,
+        policies: Policies,
+    ) -> None:
+        super().__init__(directory, plan, reader, stats)
+        self.selection, self._policies = selection, policies
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """See ``Pager``."""
+        ffn, scheme = self.directory.ffn, self.directory.scheme
+        found = self._check(families.modules(model, ffn))
+        for i in (*self.plan.streamed, *self.plan.slots):
+            use_rows(found[i][1], ffn)
+        if scheme:
+            for i in self.plan.kept:
+                module = found[i][1]
+                module[ffn.down] = PackedRows(module[ffn.down], scheme)
+        return found
+
+    def kept(self, layer: int) -> dict[str, mx.array]:
+        """See ``Pager``."""
+        if self.directory.scheme is None:
+            weights = dense_weights(self.reader, layer, self.directory.ffn)
+            return {f"{name}.weight": weight for name, weight in weights.items()}
+        memory = whole_layer(self.reader, layer)
+        return {self._name(part): array for part, array in memory.arrays.items()}
+
+    def missing(self, layer: int) -> dict[str, mx.array]:
+        """See ``Pager``."""
+        if self.directory.scheme is None:
+            weights = placeholders(self.directory.rows, layer, self.directory.ffn)
+            return {f"{name}.weight": weight for name, weight in weights.items()}
+        extent = self.directory.rows.layers[layer]
+        return {
+            self._name(part.name): mx.zeros((extent.rows, *part.shape), DTYPES[part.dtype])
+            for part in extent.layout.parts
+        }
+
+    def _name(self, part: str) -> str:
+        """Of a packed part in its module: gate.scales is gate_proj.scales there."""
+        base, _, suffix = part.partition(".")
+        return f"{projections(self.directory.ffn)[base]}.{suffix or 'weight'}"
+
+    def start(self) -> dict[str, nn.Module]:
+        """See ``Pager``."""
+        directory, plan, reader = self.directory, self.plan, self.reader
+        ffn, scheme, layers = directory.ffn, directory.scheme, directory.rows.layers
+        paged: dict[str, nn.Module] = {}
+        if plan.streamed:
+            self.stream = LayerStream(reader, plan.streamed, BUFFERS)
+            for i in plan.streamed:
+                path, module = self.found[i]
+                paged[path] = FlashMLP(module, ffn, i, self.stream, scheme)
+        if plan.slots and self.selection:
+            names = [part.name for part in directory.rows.layout.parts]
+            parts = without(names, self.selection.provides)
+            self.rows = RowStream(reader, max(layers[i].rows for i in plan.slots), parts)
+            for i, slots in plan.slots.items():
+                path, module = self.found[i]
+                predictor = self.selection.build(reader, i, module, ffn)
+                policy = self._policies(layers[i].rows)
+                self.caches[i] = RowCache(reader, i, slots, policy=policy, parts=parts)
+                paged[path] = SparseMLP(
+                    module, ffn, predictor, self.caches[i], self.rows, self.stats, scheme
+                )
+        return paged
+
+
+class LayerPager(_Pager):
+    """A row is a layer's FFN as mlx-lm holds it: layers are kept or streamed whole."""
+
+    partial = False
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """See ``Pager``."""
+        return self._check(families.modules(model, self.directory.ffn))
+
+    def kept(self, layer: int) -> dict[str, mx.array]:
+        """See ``Pager``."""
+        return first_row(whole_layer(self.reader, layer))
+
+    def missing(self, layer: int) -> dict[str, mx.array]:
+        """See ``Pager``."""
+        parts = self.directory.rows.layers[layer].layout.parts
+        return {part.name: mx.zeros(part.shape, DTYPES[part.dtype]) for part in parts}
+
+    def start(self) -> dict[str, nn.Module]:
+        """See ``Pager``."""
+        if not self.plan.streamed:
+            return {}
+        self.stream = LayerStream(self.reader, self.plan.streamed, BUFFERS, exact=True)
+        return {
+            self.found[i][0]: FlashLayer(self.found[i][1], i, self.stream)
+            for i in self.plan.streamed
+        }
+
+
+class FlashLayer(nn.Module):
+    """mlx-lm's FFN of one layer, all its weights streamed from flash for every call.
+
+    Args:
+        mlp: mlx-lm's module; its arrays are replaced.
+        layer: number of the layer in the row file.
+        stream: hands out the layer's row.
+    """
+
+    def __init__(self, mlp: nn.Module, layer: int, stream: LayerStream) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.layer = layer
+        self._stream = stream
+        for memory in stream.memories(layer):
+            bind_arrays(mlp, first_row(memory))  # lets go of what it was loaded with
+
+    def __call__(self, x: mx.array, *args: object, **kwargs: object) -> mx.array:
+        bind_arrays(self.mlp, first_row(self._stream.acquire(self.layer, x)))
+        y = self.mlp(x, *args, **kwargs)
+        self._stream.done(y)
+        return y
+
+
+class ExpertPager(_Pager):
+    """Rows are experts: a layer's experts are kept, all of them, or come to slots as needed.
+
+    Args:
+        policies: experts of a layer -> a policy for its slots.
+        lookahead: read ahead what the next layer's router would choose.
+    """
+
+    partial = False
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        plan: Plan,
+        reader: RowReader,
+        stats: SparseStats,
+        policies: Policies,
+        lookahead: bool,
+    ) -> None:
+        super().__init__(directory, plan, reader, stats)
+        self._policies, self._lookahead = policies, lookahead
+        self._layers: list[nn.Module] = []
+
+    def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """See ``Pager``."""
+        mixture = self.directory.mixture
+        if mixture is None:
+            raise ModelError(f"{self.directory.path} has rows of experts, but is no mixture")
+        places = mixtures.modules(model, mixture)
+        self._layers = [model.layers[index] for index, _, _ in places]
+        return self._check([(path, module) for _, path, module in places])
+
+    def kept(self, layer: int) -> dict[str, mx.array]:
+        """See ``Pager``."""
+        return whole_layer(self.reader, layer).arrays
+
+    def missing(self, layer: int) -> dict[str, mx.array]:
+        """See ``Pager``."""
+        extent = self.directory.rows.layers[layer]
+        return {
+            part.name: mx.zeros((extent.rows, *part.shape), DTYPES[part.dtype])
+            for part in extent.layout.parts
+        }
+
+    def start(self) -> dict[str, nn.Module]:
+        """See ``Pager``."""
+        if not self.plan.slots:
+            return {}
+        layers = self.directory.rows.layers
+        most = max(layers[i].rows for i in self.plan.slots)
+        self.rows = RowStream(self.reader, most, exact=True)
+        paged: dict[str, nn.Module] = {}
+        before: tuple[int, FlashSwitch] | None = None
+        for i, slots in self.plan.slots.items():
+            path, module = self.found[i]
+            policy = self._policies(layers[i].rows)
+            self.caches[i] = RowCache(self.reader, i, slots, policy=policy, exact=True)
+            switch = FlashSwitch(module, self.caches[i], self.rows, self.stats)
+            if before and before[0] == i - 1 and self._lookahead:
+                before[1].ahead(self._ahead(i))
+            paged[path] = switch
+            before = i, switch
+        return paged
+
+    def _ahead(self, layer: int) -> Lookahead | None:
+        """What foretells a layer's experts; None where its router sees another hidden state."""
+        directory, mixture = self.directory, self.directory.mixture
+        scores = mixtures.router_of(self._layers[layer], mixture) if mixture else None
+        width = directory.config.get("hidden_size", directory.d_model)
+        if scores is None or mixture is None or directory.d_model != width:
+            return None
+        experts = directory.rows.layers[layer].rows
+        _, top_k = mixtures.expert_counts(directory.config, mixture)
+        return Lookahead(lambda x: scores(x)[..., :experts], self.caches[layer], top_k)
+
+
+def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
+    """All rows of a layer, read now, each part with its own shape."""
+    extent = reader.file.layers[layer]
+    memory = SlotMemory(extent.layout, extent.rows, exact=True)
+    rows = np.arange(extent.rows)
+    reader.read(layer, rows, rows, memory.views)
+    return memory
+
+
+def first_row(memory: SlotMemory) -> dict[str, mx.array]:
+    """The arrays of a memory's first row."""
+    return {name: array[0] for name, array in memory.arrays.items()}
+
+
+def make_pager(
+    directory: ModelDirectory,
+    plan: Plan,
+    reader: RowReader,
+    stats: SparseStats,
+    selection: Selection | None,
+    policies: Policies,
+    lookahead: bool,
+) -> Pager:
+    """The pager for the unit of a directory's rows."""
+    if directory.unit == "neuron":
+        return NeuronPager(directory, plan, reader, stats, selection, policies)
+    if directory.unit == "layer":
+        return LayerPager(directory, plan, reader, stats)
+    return ExpertPager(directory, plan, reader, stats, policies, lookahead)
