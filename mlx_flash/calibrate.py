@@ -212,7 +212,7 @@ class _Job:
     def _save_biases(self, model: nn.Module) -> None:
         """Biases of the projections before the activation, which are no part of the rows."""
         biases = {}
-        for layer, (_, mlp) in enumerate(model.flash.ffns):
+        for layer, (_, mlp) in enumerate(model.flash.pager.found):
             for part, name in projections(self.ffn).items():
                 if part != "down" and "bias" in mlp[name]:
                     bias = np.array(mlp[name].bias.astype(mx.float32))

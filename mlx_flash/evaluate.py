@@ -70,7 +70,7 @@ class _Tap(nn.Module):
 
 def watch(model: nn.Module, ffn: Ffn, watcher: Watcher) -> None:
     """Call ``watcher`` in every FFN of a loaded model; what it returns takes the place of h."""
-    for layer, (_, mlp) in enumerate(model.flash.ffns):
+    for layer, (_, mlp) in enumerate(model.flash.pager.found):
         _watch_layer(mlp, ffn, layer, watcher)
 
 
