@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from .errors import BudgetError
+from .hit_curves import allot
 
 UNITS = {
     "": 1,
@@ -153,6 +154,8 @@ class SparseNeeds:
             count.
         buffers: for rows that find no slot, and for prompts.
         unit: what rows are called.
+        curves: of each layer, misses per token with 0, 1, ... cached rows, as measured; where they
+            are given slots go where they save most, and ``demand`` does not count.
     """
 
     predictors: tuple[int, ...]
@@ -161,6 +164,7 @@ class SparseNeeds:
     demand: tuple[float, ...]
     buffers: int
     unit: str = "FFN rows"
+    curves: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def least_slots(self) -> tuple[int, ...]:
@@ -172,7 +176,12 @@ class SparseNeeds:
         return sum(n * size for n, size in zip(capacities, self.slots, strict=True))
 
     def capacities(self, room: int) -> tuple[int, ...]:
-        """Cached rows of each layer that fit into ``room``, as their demands are to each other."""
+        """Cached rows of each layer that fit into ``room``.
+
+        As measured curves make the most of them, else as demands are to each other.
+        """
+        if self.curves is not None:
+            return allot(self.curves, self.slots, self.least_slots, room)
         low, high = 0.0, max(r / max(d, 1e-9) for r, d in zip(self.rows, self.demand, strict=True))
         for _ in range(64):
             middle = (low + high) / 2
