@@ -35,6 +35,11 @@ def bind_arrays(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
         target[last] = array
 
 
+def best(scores: mx.array, top_k: int) -> mx.array:
+    """Numbers of the experts with the highest scores, [..., top_k]."""
+    return mx.argpartition(-scores, kth=top_k - 1, axis=-1)[..., :top_k]
+
+
 @dataclass
 class Lookahead:
     """A guess at the experts of the next layer, from what this layer's experts are given.
@@ -54,7 +59,7 @@ class Lookahead:
 
     def guess(self, x: mx.array) -> mx.array:
         """Expert numbers, [..., top_k]."""
-        return mx.argpartition(-self.scores(x), kth=self.top_k - 1, axis=-1)[..., : self.top_k]
+        return best(self.scores(x), self.top_k)
 
 
 class FlashSwitch(nn.Module):

@@ -276,16 +276,25 @@ class ExpertPager(_Pager):
             before = i, switch
         return paged
 
-    def _ahead(self, layer: int) -> Lookahead | None:
-        """What foretells a layer's experts; None where its router sees another hidden state."""
+    def scores(self, layer: int) -> Callable[[mx.array], mx.array] | None:
+        """What scores a layer's experts by what the layer before is given, see ``Lookahead``.
+
+        None where its router sees another hidden state.
+        """
         directory, mixture = self.directory, self.directory.mixture
         scores = mixtures.router_of(self._layers[layer], mixture) if mixture else None
         width = directory.config.get("hidden_size", directory.d_model)
-        if scores is None or mixture is None or directory.d_model != width:
+        if scores is None or directory.d_model != width:
             return None
         experts = directory.rows.layers[layer].rows
-        _, top_k = mixtures.expert_counts(directory.config, mixture)
-        return Lookahead(lambda x: scores(x)[..., :experts], self.caches[layer], top_k)
+        return lambda x: scores(x)[..., :experts]
+
+    def _ahead(self, layer: int) -> Lookahead | None:
+        directory, scores = self.directory, self.scores(layer)
+        if scores is None or directory.mixture is None:
+            return None
+        _, top_k = mixtures.expert_counts(directory.config, directory.mixture)
+        return Lookahead(scores, self.caches[layer], top_k)
 
 
 def check_back_end(directory: ModelDirectory) -> None:
