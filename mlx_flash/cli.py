@@ -166,7 +166,7 @@ def run_verify(args: argparse.Namespace) -> int:
     """``mlx_flash verify``: exit code 1 and a line for each layer or file that is damaged."""
     from tqdm import tqdm
 
-    from . import predictor_file
+    from . import expert_file, predictor_file
     from .directory import ModelDirectory
 
     directory = ModelDirectory(args.model)
@@ -174,11 +174,12 @@ def run_verify(args: argparse.Namespace) -> int:
         total=directory.verify_bytes, unit="B", unit_scale=True, desc="verify", disable=None
     ) as bar:
         problems = list(directory.verify(bar.update))
-    if (predictors := directory.path / predictor_file.NAME).exists():
-        try:
-            predictor_file.verify(predictors)
-        except DamagedError as error:
-            problems.append(error)
+    for module in (predictor_file, expert_file):
+        if (file := directory.path / module.NAME).exists():
+            try:
+                module.verify(file)
+            except DamagedError as error:
+                problems.append(error)
     for problem in problems:
         print(f"mlx_flash: {problem}", file=sys.stderr)
     if problems:

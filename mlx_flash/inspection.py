@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from . import footprint, mixtures
+from . import expert_file, footprint, mixtures
 from .budget import make_plan, make_sparse_plan, round_up, show
 from .directory import ModelDirectory, read_config
 from .errors import BudgetError
@@ -35,7 +35,9 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
     count = sum(layer.rows for layer in rows.layers)
     selection = select(directory)
     pages = selection or directory.mixture
-    sparse = sparse_needs(directory, selection) if pages else None
+    demand = expert_file.read_for(directory)
+    curves = demand.curves if demand and demand.used else None
+    sparse = sparse_needs(directory, selection, curves) if pages else None
     return {
         "path": str(directory.path),
         "model_type": directory.config["model_type"],
@@ -58,6 +60,7 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "least_bytes": needs.least,
         "dense_bytes": needs.dense,
         "predictor": _predictor(selection),
+        "expert_demand": demand and {"used": demand.used, "measured": demand.measured},
         "budgets": [_budget(needs, sparse, ram) for ram in _budgets(needs.least, needs.dense)],
     }
 
@@ -138,6 +141,8 @@ def report(info: dict[str, Any]) -> str:
         lines.append(f"  note       {count} tensors of {kind} were quantised anew, to {bits} bits")
     if predictor := info["predictor"]:
         lines.append(_predictor_line(predictor))
+    if demand := info["expert_demand"]:
+        lines.append(_demand_line(demand))
     if info["budgets"]:
         lines.append("  RAM budget   layers kept   FFN kept    read per token   prompt chunk")
     for row in info["budgets"]:
@@ -179,6 +184,14 @@ def _read(row: dict[str, Any], info: dict[str, Any]) -> str:
     if row["cached_rows"]:
         return f"{100 * row['cached_rows'] / info['rows']:.0f} % cached"
     return show(row["streamed_bytes_per_token"])
+
+
+def _demand_line(demand: dict[str, Any]) -> str:
+    measured = demand["measured"]
+    line = f"  demand     measured on {measured['tokens']} tokens of {measured['text']}: "
+    if not demand["used"]:
+        return line + "layers get equal shares, others did no better"
+    return line + f"{100 * measured['gain']:.1f} % fewer misses than equal shares"
 
 
 def _predictor_line(predictor: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 
-from . import footprint, pagers
+from . import expert_file, footprint, pagers
 from .architectures import get_classes
 from .budget import (
     Needs,
@@ -239,7 +239,9 @@ def load(
         predictor: how the rows that fire are known: "gate" or "up" (exact, for activations with
             zeros; that part stays in memory), "low-rank" or "threshold" (lossy, made by
             ``mlx_flash calibrate``), "none" (every row is read), or "auto": what was calibrated,
-            else what is exact and fits. Where the budget holds every row nothing is predicted.
+            else what is exact and fits. Where the budget holds every row nothing is predicted. Of
+            mixtures nothing is predicted either; with "none" their layers get equal shares of the
+            budget, whatever ``calibrate`` measured.
         policy: which rows leave the cache: window, lru or lfu.
         window: tokens that the policy "window" keeps rows for.
         cache_share: for experiments, the share of every layer's rows that the cache holds, instead
@@ -308,7 +310,8 @@ def load_model(
         budget = footprint.machine() * 3 // 4 if ram is None else parse_ram(ram)
         if use_flash and kept_share is None and (selection or directory.mixture):
             explicit = predictor != "auto" or selection is None
-            plan = choose_sparse(budget, needs, directory, selection, explicit, cache_share)
+            curves = expert_file.curves_of(directory) if predictor != "none" else None
+            plan = choose_sparse(budget, needs, directory, selection, explicit, cache_share, curves)
         else:
             plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
         policies = functools.partial(make_policy, policy, window=window)
@@ -359,14 +362,16 @@ def choose_sparse(
     selection: Selection | None,
     explicit: bool,
     cache_share: float | None = None,
+    curves: tuple[tuple[float, ...], ...] | None = None,
 ) -> Plan:
     """The plan for a model whose rows are predicted, or are experts.
 
     Args:
         explicit: the predictor was asked for by name; else layers are streamed whole where it does
             not fit.
+        curves: of a mixture's layers, see ``expert_file``.
     """
-    sparse = sparse_needs(directory, selection)
+    sparse = sparse_needs(directory, selection, curves)
     if cache_share is not None:
         if not 0 < cache_share <= 1:
             raise BudgetError(f"cache_share is a share above 0, at most 1, got {cache_share}")

@@ -75,8 +75,16 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
     )
 
 
-def sparse_needs(directory: ModelDirectory, selection: Selection | None) -> SparseNeeds:
-    """What it takes to page the rows that the selected predictors name, or a mixture's experts."""
+def sparse_needs(
+    directory: ModelDirectory,
+    selection: Selection | None,
+    curves: tuple[tuple[float, ...], ...] | None = None,
+) -> SparseNeeds:
+    """What it takes to page the rows that the selected predictors name, or a mixture's experts.
+
+    Args:
+        curves: see ``SparseNeeds``.
+    """
     layers = directory.rows.layers
     rows = tuple(layer.rows for layer in layers)
     provided = selection.provides if selection else None
@@ -95,6 +103,7 @@ def sparse_needs(directory: ModelDirectory, selection: Selection | None) -> Spar
         demand=selection.demand if selection else rows,
         buffers=2 * buffer,
         unit="experts" if directory.mixture else "FFN rows",
+        curves=curves,
     )
 
 

@@ -23,7 +23,13 @@ from .directory import ROW_FILE, ModelDirectory, read_config
 from .errors import ConvertError, FlashError
 
 # What ``calibrate`` adds to a model directory; of no use to another conversion.
-CALIBRATION = ("predictors.safetensors", "calibration.json", "calibration.txt", "calibration.png")
+CALIBRATION = (
+    "predictors.safetensors",
+    "experts.json",
+    "calibration.json",
+    "calibration.txt",
+    "calibration.png",
+)
 MARKER = "convert.key"  # in OUT.partial: which conversion it belongs to
 MARGIN_BYTES = 64 << 20  # tokenizer files, file system overhead
 FULL = (errno.ENOSPC, errno.EDQUOT)
