@@ -27,7 +27,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import calibration_text, evaluate, families, footprint, predictor_file, report, spool
+from . import (
+    calibration_text,
+    evaluate,
+    expert_demand,
+    families,
+    footprint,
+    predictor_file,
+    report,
+    spool,
+)
 from .budget import parse_ram, show
 from .calibration_settings import Settings, check_settings
 from .calibration_text import CalibrationText
@@ -62,6 +71,9 @@ def calibrate(
 ) -> dict[str, Any]:
     """Write predictors and a report into a model directory.
 
+    Of a mixture nothing is predicted: see ``expert_demand.measure``, which takes ``data``,
+    ``tokens``, ``ram`` and ``seed``.
+
     Args:
         path: model directory made by ``mlx_flash convert``.
         data: text to calibrate on, see ``calibration_text.load``; None for the one that ships.
@@ -85,6 +97,17 @@ def calibrate(
         FlashError: the model directory cannot be opened, the budget is too small.
     """
     directory = ModelDirectory(path)
+    if directory.mixture:
+        given = (kind, rank, target_recall, sparsity, nonlinearity, max_loss)
+        if given != (None, "auto", 0.95, 0.5, "none", 0.01):
+            raise CalibrationError(
+                f"{directory.path} is a mixture of experts, whose router says which experts a "
+                "token needs: no predictors are fitted, it is measured what layers are asked for; "
+                "give text, tokens, seed and RAM budget only"
+            )
+        return expert_demand.measure(
+            directory, data, tokens=tokens, ram=ram, seed=seed, progress=progress
+        )
     settings = check_settings(
         directory, kind, rank, target_recall, sparsity, nonlinearity, tokens, seed, max_loss
     )

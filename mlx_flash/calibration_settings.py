@@ -43,12 +43,10 @@ def check_settings(
 ) -> Settings:
     """The settings, complete; raises CalibrationError where they make no sense for the model."""
     if directory.unit != "neuron":
-        why = (
-            "its router says which experts a token needs"
-            if directory.mixture
-            else "its quantised FFNs are read whole; convert the float checkpoint"
+        raise CalibrationError(
+            f"{directory.path} has no neurons to predict: its quantised FFNs are read whole; "
+            "convert the float checkpoint"
         )
-        raise CalibrationError(f"{directory.path} has no neurons to predict: {why}")
     ffn = directory.ffn
     kind = kind or ("low-rank" if families.has_zeros(ffn) else "threshold")
     if kind not in TOKENS:

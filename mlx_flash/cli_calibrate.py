@@ -14,7 +14,9 @@ from .budget import parse_ram
 def add(commands: Any) -> None:
     """Add the command to the subparsers of ``mlx_flash``."""
     parser = commands.add_parser(
-        "calibrate", help="fit predictors to a model directory, so that few rows are read"
+        "calibrate",
+        help="fit predictors to a model directory, so that few rows are read; of a mixture, "
+        "measure how to share its memory out over layers",
     )
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument(
@@ -47,7 +49,9 @@ def add(commands: Any) -> None:
         help="perplexity that low-rank predictors may cost, as a share (default: 0.01)",
     )
     parser.add_argument(
-        "--tokens", type=int, help="to train on (default: 16384; 4096 for a threshold)"
+        "--tokens",
+        type=int,
+        help="to train on (default: 16384; 4096 for a threshold or a mixture)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--ram", help="what the whole process may take, such as 4GB")
@@ -70,7 +74,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
         parse_ram(args.ram)
     from tqdm import tqdm
 
-    from . import report
+    from . import expert_report, report
     from .calibrate import calibrate
 
     with tqdm(desc="calibrate", disable=None) as bar:
@@ -81,7 +85,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
             if at[0] != stage or done < at[1]:
                 bar.reset(total=total)
                 bar.set_description(stage, refresh=False)
-                bar.unit = "layer" if stage == "fitting" else "token"
+                bar.unit = "layer" if stage in ("fitting", "counting") else "token"
                 at = (stage, 0)
             bar.update(done - at[1])
             at = (stage, done)
@@ -100,6 +104,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
             max_loss=args.max_loss,
             progress=progress,
         )
-    print(report.table(found), end="")
-    print(f"Saved predictors and report in {args.model}")
+    mixture = found["settings"]["kind"] == "experts"
+    print((expert_report if mixture else report).table(found), end="")
+    print(f"Saved {'demand' if mixture else 'predictors'} and report in {args.model}")
     return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,21 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(path: Path, report: dict[str, Any]) -> None:
-    """calibration.json, .txt and, where matplotlib is there, .png; each whole or not there."""
-    report["plot"] = PLOT if plot(path / PLOT, report) else NO_PLOT
-    for name, text in ((JSON, json.dumps(report, indent=2) + "\n"), (TABLE, table(report))):
+def write(
+    path: Path,
+    report: dict[str, Any],
+    table_of: Callable[[dict[str, Any]], str] | None = None,
+    draw_in: Callable[[Any, dict[str, Any]], None] | None = None,
+) -> None:
+    """calibration.json, .txt and, where matplotlib is there, .png; each whole or not there.
+
+    Args:
+        table_of: makes the text; default that of predictors.
+        draw_in: draws in a matplotlib figure; default the picture of predictors.
+    """
+    report["plot"] = PLOT if plot(path / PLOT, report, draw_in or draw) else NO_PLOT
+    shown = (table_of or table)(report)
+    for name, text in ((JSON, json.dumps(report, indent=2) + "\n"), (TABLE, shown)):
         temporary = path / ("writing-" + name)
         try:
             write_text(temporary, text)
@@ -175,17 +186,42 @@ def _layer_table(layers: Sequence[dict[str, Any]], kind: str) -> list[str]:
     return lines
 
 
-def plot(file: Path, report: dict[str, Any]) -> bool:
-    """One picture per layer; False where matplotlib is not installed."""
+def plot(
+    file: Path, report: dict[str, Any], draw_in: Callable[[Any, dict[str, Any]], None]
+) -> bool:
+    """Save the picture; False where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    layers = report["layers"]
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 0.5), layout="constrained")
+    figure = Figure(layout="constrained")
+    draw_in(figure, report)
+    temporary = file.with_name("writing-" + file.name)
+    try:
+        figure.savefig(temporary, dpi=100)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def panels(figure: Any, count: int) -> list[Any]:
+    """Axes for so many small pictures, four beside each other."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure.set_size_inches(3.6 * columns, 2.8 * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+    return list(axes)
+
+
+def draw(figure: Any, report: dict[str, Any]) -> None:
+    """One picture per layer: rows read afresh per token, by the window."""
+    layers = report["layers"]
+    axes = panels(figure, len(layers))
     for axis, layer in zip(axes, layers, strict=False):
         for name, label in (("fresh_active", "active"), ("fresh", "predicted")):
             counts = [100 * layer[name][str(k)] / layer["rows"] for k in WINDOWS]
@@ -197,16 +233,6 @@ def plot(file: Path, report: dict[str, Any]) -> bool:
             fontsize=8,
         )
         axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=7)
-    for axis in axes[len(layers) :]:
-        axis.set_visible(False)
     axes[0].legend(fontsize=7)
     axes[0].set_xlabel("window, tokens", fontsize=8)
     axes[0].set_ylabel("rows read afresh per token, %", fontsize=8)
-    temporary = file.with_name("writing-" + file.name)
-    try:
-        figure.savefig(temporary, dpi=100)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
