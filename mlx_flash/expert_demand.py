@@ -170,14 +170,20 @@ class _Job:
     @contextmanager
     def _model(self, reserve: int) -> Iterator[Any]:
         """The model in equal shares, whatever was measured before."""
-        limit = mx.set_cache_limit(MLX_CACHE)
+        limit = None if self.ram is None else mx.set_cache_limit(MLX_CACHE)
         ram = None if self.ram is None else max(1, self.ram - reserve)
+        try:
+            yield from self._loaded(ram, reserve)
+        finally:
+            if limit is not None:
+                mx.set_cache_limit(limit)
+
+    def _loaded(self, ram: int | None, reserve: int) -> Iterator[Any]:
         try:
             model = load_model(
                 self.directory, ram, context=self.text.length, predictor="none", lookahead=False
             )
         except BudgetError as error:
-            mx.set_cache_limit(limit)
             raise BudgetError(
                 f"measuring takes {show(reserve)} of the RAM budget for what is recorded; with the "
                 f"rest: {error}"
@@ -189,7 +195,6 @@ class _Job:
             del model
             gc.collect()
             mx.clear_cache()
-            mx.set_cache_limit(limit)
 
     def _asked(self, layer: int, sequences: range) -> Asked:
         chosen, foretold = expert_trace.load(self.work, sequences, layer)

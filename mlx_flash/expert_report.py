@@ -82,7 +82,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, label in LABELS.items():
         numbers = "".join(f"{n:>10.3f}" for n in splits["misses"][name])
-        lines.append(f"  {label:<26}{numbers}   {-100 * gain(splits, name):+.1f} %")
+        lines.append(f"  {label:<26}{numbers}   {100 * (0 - gain(splits, name)):+.1f} %")
     lines.append(
         "A RAM budget is shared out by the curves of misses."
         if report["used"] == "measured"

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_mixtures import make_mixture
 
-from mlx_flash import cli, expert_demand, expert_file, expert_trace, footprint, report
+from mlx_flash import cli, expert_demand, expert_file, expert_trace, footprint, mixtures, report
 from mlx_flash.budget import SparseNeeds, sparse_plan_of
 from mlx_flash.cache import SlotTable
 from mlx_flash.calibrate import calibrate
@@ -295,6 +295,24 @@ def test_the_recording_is_what_the_routers_choose(calibrated, words):
             same = np.sort(found[f"foretold-{i}"], axis=-1) == np.sort(guess, axis=-1)
             assert same.mean() > 0.99
     assert "foretold-0" not in found
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4", "longcat_flash", "deepseek_v3"])
+def test_families_that_route_in_other_ways(model_type, tmp_path):
+    path = convert(str(make_mixture(tmp_path / "hf", model_type)), tmp_path / "flash")
+    directory = ModelDirectory(path)
+    _, top_k = mixtures.expert_counts(directory.config, directory.mixture)
+    found = []
+    for share in (0.3, 1.0):
+        model = load_model(directory, cache_share=share)
+        found.append(expert_trace.Recorder(model, top_k).run(np.arange(3, 43, dtype=np.int32), 16))
+        model.flash.close()
+    layers = range(len(directory.rows.layers))
+    assert {f"chosen-{i}" for i in layers} <= found[0].keys() == found[1].keys()
+    for name, array in found[0].items():
+        assert array.shape == (40, top_k)
+        assert array.max() < directory.rows.layers[0].rows
+        assert (np.sort(array) == np.sort(found[1][name])).mean() > 0.99, "slots change nothing"
 
 
 class Spy(nn.Module):
