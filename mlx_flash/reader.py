@@ -13,13 +13,10 @@ Knows: file, offsets, slots. Does not know: which rows are wanted or why, MLX, m
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import math
 import mmap
 import os
 import queue
-import sys
 import threading
 import time
 from collections import deque
@@ -31,6 +28,7 @@ from typing import Self
 
 import numpy as np
 
+from .direct_io import open_direct
 from .errors import DamagedError, ReadError
 from .read_plan import Request, as_slice, plan
 from .rows import PAGE, RowFile
@@ -41,7 +39,6 @@ GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another re
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
 HUGE_PAGE = 2 << 20
-REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
 
 
 @dataclass
@@ -59,52 +56,6 @@ class ReadStats:
     def __sub__(self, earlier: Self) -> Self:
         diff = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
         return type(self)(**{**diff, "direct": self.direct})
-
-
-def open_direct(
-    path: os.PathLike[str], platform: str = sys.platform, grain: int = PAGE
-) -> tuple[int, bool]:
-    """Open for reading past the page cache: (descriptor, whether the file system agreed).
-
-    Args:
-        path: file to open.
-        platform: a seam for tests: macOS has F_NOCACHE, Linux O_DIRECT.
-        grain: offsets, lengths and addresses of the reads to come are multiples of this.
-    """
-    if platform == "darwin":
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.fcntl(fd, getattr(fcntl, "F_NOCACHE", 48), 1)
-        except OSError:
-            return fd, False
-        return fd, True
-    flag = getattr(os, "O_DIRECT", 0)
-    try:
-        fd = os.open(path, os.O_RDONLY | flag)
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        return os.open(path, os.O_RDONLY), False
-    try:
-        if flag and _direct_read_works(fd, grain):
-            return fd, True
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
-    return os.open(path, os.O_RDONLY), False
-
-
-def _direct_read_works(fd: int, grain: int) -> bool:
-    """Some file systems take the flag and then refuse the reads, or those of small grain."""
-    with mmap.mmap(-1, 2 * grain) as memory, memoryview(memory)[grain:] as odd:
-        try:
-            os.preadv(fd, [odd], grain)
-        except OSError as error:
-            if error.errno in REFUSALS:
-                return False
-            raise
-    return True
 
 
 @dataclass

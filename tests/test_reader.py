@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from test_rows import make
 
+from mlx_flash import direct_io
 from mlx_flash import reader as module
+from mlx_flash.direct_io import open_direct
 from mlx_flash.errors import DamagedError, ReadError
-from mlx_flash.reader import ReadStats, Request, RowReader, open_direct, plan
+from mlx_flash.reader import ReadStats, Request, RowReader, plan
 from mlx_flash.rows import PAGE, Part, RowLayout
 
 NAMES = ("gate", "up", "down")
@@ -536,7 +538,7 @@ def test_other_errors_of_opening_are_told(tmp_path, monkeypatch, at):
         if at == "open":
             refuse_flag(patch, errno.EIO)
         else:
-            patch.setattr(module, "_direct_read_works", fail)
+            patch.setattr(direct_io, "_direct_read_works", fail)
         with pytest.raises(ReadError, match=f"opening {file.path}: Input/output") as info:
             RowReader(file)
     assert info.value.errno == errno.EIO
