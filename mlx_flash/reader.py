@@ -1,9 +1,10 @@
 """Reads rows from flash straight into the caller's memory, many requests at a time.
 
-``RowReader`` carries out what ``read_plan`` makes of row numbers, on a pool of threads with direct
-I/O (LLM in a flash, section 4.1: at least 32 KiB a request, 32 threads, no page cache). A few rows
-at a time are scattered over their slots by one ``preadv``, where the layout allows it. A long run
-of rows goes through one of a few staging buffers on huge pages and is copied from there: on the
+``RowReader`` carries out what ``read_plan`` makes of row numbers, with direct I/O (LLM in a flash,
+section 4.1: at least 32 KiB a request, 32 threads, no page cache). A few rows at a time are
+scattered over their slots by one request, where the layout allows it; where Linux has asynchronous
+reads, one thread hands all of these to the kernel, elsewhere a pool of threads reads them. A long
+run of rows goes through one of a few staging buffers on huge pages and is copied from there: on the
 Linux disk measured, 1 MiB into pages that lie together came at 2.2 to 2.5 GB/s, into ordinary pages
 or scattered in 4 KiB pieces at 0.9.
 
@@ -28,6 +29,7 @@ from typing import Self
 
 import numpy as np
 
+from . import aio, scatter
 from .direct_io import open_direct
 from .errors import DamagedError, ReadError
 from .read_plan import Request, as_slice, plan
@@ -45,7 +47,8 @@ HUGE_PAGE = 2 << 20
 class ReadStats:
     """What was read since the reader was made. Bytes are bytes asked of the file system.
 
-    ``read_seconds`` is the time during which at least one request was under way.
+    ``read_seconds`` is the time during which at least one request was under way, as seen by the
+    threads that read: until one of them knows that it is over, which is not when somebody asks.
     """
 
     requests: int = 0
@@ -81,12 +84,15 @@ class RowReader:
 
     Args:
         file: the row file.
-        threads: reads under way at a time; of long runs at most ``STAGING_BUFFERS``.
+        threads: reads under way at a time; of long runs at most ``STAGING_BUFFERS``, of
+            asynchronous ones ``aio.DEPTH`` of what was submitted at once.
         request_bytes: a request is at most this long (or one row, where a row is longer).
         gap_bytes: unwanted bytes read along to join two requests.
         direct: False reads through the page cache.
+        engine: how scattered requests are read, "aio" or "threads"; None for aio where the system
+            allows it and the file is read past the page cache.
 
-    Raises ReadError when the file cannot be opened.
+    Raises ReadError when the file cannot be opened, ValueError when the engine is not to be had.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class RowReader:
         request_bytes: int = REQUEST_BYTES,
         gap_bytes: int = GAP_BYTES,
         direct: bool = True,
+        engine: str | None = None,
     ) -> None:
         self.file = file
         self.layout = file.layout
@@ -121,13 +128,27 @@ class RowReader:
             self._fd = self._buffered_fd = os.open(file.path, os.O_RDONLY)
             if direct:
                 self._fd, self.direct = open_direct(file.path, grain=self._grain)
+            self.engine = self._choose(engine)
         except OSError as error:
             self.close()
             raise ReadError(error.errno, f"opening {file.path}: {error.strerror}") from error
+        except ValueError:
+            self.close()
+            raise
         self._lock = threading.Lock()
         self._stats = ReadStats(direct=self.direct)
         self._under_way = 0
         self._since = 0.0
+
+    def _choose(self, engine: str | None) -> str:
+        if engine not in (None, "aio", "threads"):
+            raise ValueError(f'engine must be "aio", "threads" or None, got {engine!r}')
+        if engine == "threads":
+            return engine
+        missing = aio.why_not() if self.direct else "it is not read past the page cache"
+        if missing and engine:
+            raise ValueError(f"no asynchronous reads of {self.file.path}: {missing}")
+        return "threads" if missing else "aio"
 
     @property
     def overhead_bytes(self) -> int:
@@ -214,9 +235,13 @@ class RowReader:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
         # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
         # once, begins with a request of its own and goes on with what is left of the rest.
-        first, rest = read.scattered[: self.threads], iter(read.scattered[self.threads :])
+        at_once = self.engine == "aio" and bool(read.scattered)
+        each = [] if at_once else read.scattered
+        first, rest = each[: self.threads], iter(each[self.threads :])
         futures: list[Future[None]] = []
         try:
+            if at_once:
+                futures.append(self._pool.submit(self._run_at_once, layer, extent.offset, read))
             for request in read.staged:
                 futures.append(
                     self._bulk.submit(self._run, layer, extent.offset, read, [request], True)
@@ -311,6 +336,30 @@ class RowReader:
         finally:
             self._leave(count, total)
 
+    def _run_at_once(self, layer: int, base: int, read: PreparedRead) -> None:
+        """Carry all scattered requests out together; what did not come whole is read on here."""
+        stride = self.layout.stride
+        requests = scatter.as_array(read.scattered)
+        offsets = base + requests["start"] * stride + read.first
+        nbytes = (requests["stop"] - requests["start"] - 1) * stride + read.last - read.first
+        memory, firsts = scatter.vectors(
+            requests, read.rows, read.slots, read.pieces, stride, self._sink
+        )
+        begun = np.zeros(offsets.size, bool)
+        self._enter()
+        try:
+            got = aio.read(self._fd, offsets, memory, firsts, stop=lambda: not self._open)
+            begun = got != aio.NOT_BEGUN
+            for i in np.flatnonzero(got != nbytes).tolist():
+                if not begun[i]:
+                    self._check_open()
+                begun[i] = True
+                buffers = self._iovec(read, read.scattered[i])
+                done = max(0, int(got[i]))
+                self._preadv(buffers, int(offsets[i]), int(nbytes[i]), layer, done)
+        finally:
+            self._leave(int(begun.sum()), int(nbytes[begun].sum()))
+
     def _read_staged(
         self, layer: int, read: PreparedRead, request: Request, offset: int, nbytes: int
     ) -> None:
@@ -329,11 +378,14 @@ class RowReader:
         finally:
             self._staging.put(staging)
 
-    def _preadv(self, buffers: list[memoryview], offset: int, nbytes: int, layer: int) -> None:
+    def _preadv(
+        self, buffers: list[memoryview], offset: int, nbytes: int, layer: int, done: int = 0
+    ) -> None:
         """Read until ``nbytes`` are there; a short read is continued where it stopped."""
-        fd, done = self._fd, 0
         while done < nbytes:
             at = offset + done
+            # Direct I/O cannot begin inside a sector.
+            fd = self._buffered_fd if done % self._grain else self._fd
             try:
                 got = os.preadv(fd, _after(buffers, done), at)
             except InterruptedError:
@@ -350,8 +402,6 @@ class RowReader:
                     f"{self._row(layer, at)}; it was cut while in use"
                 )
             done += got
-            if done % self._grain:
-                fd = self._buffered_fd  # direct I/O cannot begin inside a sector
 
     def _row(self, layer: int, offset: int) -> int:
         return (offset - self.file.layers[layer].offset) // self.layout.stride
