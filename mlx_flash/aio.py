@@ -33,7 +33,7 @@ _IOCB = np.dtype(
     {
         # Of struct iocb what reads need; the rest is 0. Places are those of little-endian machines.
         "names": ["data", "opcode", "fd", "buffer", "count", "offset"],
-        "formats": ["u8", "u2", "u4", "u8", "u8", "i8"],
+        "formats": ["u8", "u2", "i4", "u8", "u8", "i8"],
         "offsets": [0, 16, 20, 24, 32, 40],
         "itemsize": 64,
     }

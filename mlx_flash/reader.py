@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Self
 
@@ -122,6 +122,7 @@ class RowReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
         # No more threads than buffers: threads that wait for one only cost time.
         self._bulk = ThreadPoolExecutor(self.bulk_threads, thread_name_prefix="mlx_flash-bulk-read")
+        self._lock, self._under_way = threading.Condition(), 0
         self._fd = self._buffered_fd = -1
         self._open, self.direct = True, False
         try:
@@ -135,9 +136,7 @@ class RowReader:
         except ValueError:
             self.close()
             raise
-        self._lock = threading.Lock()
         self._stats = ReadStats(direct=self.direct)
-        self._under_way = 0
         self._since = 0.0
 
     def _choose(self, engine: str | None) -> str:
@@ -281,7 +280,16 @@ class RowReader:
 
         Raises ReadError when the disk fails, DamagedError when the file was cut.
         """
-        self.wait(self.submit(layer, self.prepare(rows, slots, out)))
+        read = self.prepare(rows, slots, out)
+        here = self.engine == "aio" and bool(read.scattered)
+        futures = self.submit(layer, replace(read, scattered=[]) if here else read)
+        if here:  # waking another thread for it, and being woken, costs as much as many requests
+            try:
+                self._run_at_once(layer, self.file.layers[layer].offset, read)
+            except BaseException:
+                self.drop(futures)
+                raise
+        self.wait(futures)
 
     def close(self) -> None:
         """Wait for requests under way, fail those that have not begun, let go of the file."""
@@ -289,6 +297,8 @@ class RowReader:
         self._open = False
         for pool in (self._pool, self._bulk):
             pool.shutdown(wait=True)
+        with self._lock:  # whoever reads in a thread of its own
+            self._lock.wait_for(lambda: not self._under_way)
         for fd in {self._fd, self._buffered_fd} - {-1}:
             os.close(fd)
         self._fd = self._buffered_fd = -1
@@ -419,6 +429,7 @@ class RowReader:
             self._stats.bytes_read += nbytes
             if self._under_way == 0:
                 self._stats.read_seconds += time.perf_counter() - self._since
+                self._lock.notify_all()
 
 
 def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:

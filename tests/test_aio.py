@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -365,6 +366,46 @@ def test_closing_with_requests_under_way(opened, monkeypatch):
     with pytest.raises(ValueError, match="is closed"):
         reader.wait(futures)
     reader.drop(futures)  # does not wait for ever
+
+
+def test_closing_while_another_thread_reads(opened, monkeypatch):
+    reader, kernel, layers = opened
+    kernel.go.clear()
+    wait_for = reader._lock.wait_for
+
+    def go_on(over: Callable[[], bool]) -> None:
+        kernel.go.set()
+        wait_for(over)
+
+    monkeypatch.setattr(reader._lock, "wait_for", go_on)
+    out, slots = slots_for(LAYOUT, SPREAD.size), np.arange(SPREAD.size)
+    thread = threading.Thread(target=reader.read, args=(0, SPREAD, slots, out))
+    thread.start()
+    kernel.begun.wait()
+    reader.close()
+    assert kernel.go.is_set() and not any(kernel.under_way.values())
+    assert_read(LAYOUT, layers[0], SPREAD, slots, out)
+    thread.join()
+    with pytest.raises(ValueError, match="is closed"):
+        reader.read(0, SPREAD, slots, out)
+
+
+def test_a_read_that_is_interrupted_is_over(opened, monkeypatch):
+    """The runs that are staged as well."""
+    reader, kernel, layers = opened
+
+    def interrupt(*_args) -> int:
+        raise KeyboardInterrupt
+
+    rows = np.append(np.arange(20), np.arange(22, 40, 2))
+    out, slots = slots_for(LAYOUT, rows.size), np.arange(rows.size)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "getevents", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(0, rows, slots, out)
+    assert kernel.under_way == {} and not reader._under_way
+    assert reader.read(0, rows, slots, out) is None
+    assert_read(LAYOUT, layers[0], rows, slots, out)
 
 
 def test_read_seconds_end_with_the_last_request_not_with_waiting(opened, monkeypatch):
