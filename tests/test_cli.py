@@ -536,6 +536,8 @@ def start(*args, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=given | environment,
+        # In a background job it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
