@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from . import huge_pages
 from .errors import CacheError
 from .layout import PAGE, RowLayout
 from .policy import Policy, SlidingWindow
@@ -38,8 +39,9 @@ UNSETTLED = 64  # so many results are kept for later at most
 
 
 def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np.ndarray]:
-    """``nbytes`` of page-aligned memory as an MLX array and a writable uint8 view of the same.
+    """``nbytes`` of page-aligned zeros as an MLX array and a writable uint8 view of the same.
 
+    On Linux it is on huge pages, and only taken as it is written to.
     MLX counts elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
     """
     count = -(-nbytes // dtype.size)
@@ -50,7 +52,9 @@ def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np
     skip = -np.array(raw, copy=False).ctypes.data % PAGE // dtype.size
     aligned = raw[skip : skip + count]
     mx.eval(aligned)
-    return aligned, _bytes_of(aligned)
+    view = _bytes_of(aligned)
+    huge_pages.ask_for(view)
+    return aligned, view
 
 
 def _bytes_of(array: mx.array) -> np.ndarray:
