@@ -35,6 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -49,14 +50,16 @@ from common import OUT
 from mlx_lm.models.cache import make_prompt_cache
 from opt_shape import words
 
-from mlx_flash import loader
-from mlx_flash.cache import RowCache, SlotTable
+from mlx_flash import huge_pages, loader
+from mlx_flash.cache import RowCache, SlotMemory, SlotTable
 from mlx_flash.converter import convert
+from mlx_flash.direct_io import open_direct
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.experts import FlashSwitch, bind_arrays
+from mlx_flash.huge_pages import HUGE_PAGE
 from mlx_flash.loader import FlashStats, load_model
 from mlx_flash.policy import LFU, LRU, Belady, Policy, SlidingWindow
-from mlx_flash.reader import RowReader
+from mlx_flash.reader import RowReader, _staging_memory
 from mlx_flash.stream import LayerStream
 
 FULL_LAYERS, FULL_VOCAB = 48, 151936  # of Qwen3-30B-A3B
@@ -417,27 +420,87 @@ def routing(bench: Bench) -> dict:
 
 
 def reads(bench: Bench) -> dict:
-    """Decoding's own reads, alone and into its own slots, against fio's random reads in turns."""
+    """Decoding's own reads, alone and into its own slots, against fio's random reads in turns.
+
+    fio has ordinary pages. ``bare`` is ``os.preadv`` of the same size and depth into huge ones.
+    """
     seen = bench.decode(bench.take(bench.options.tokens))
-    reader = bench.model.flash.reader
+    reader, path = bench.model.flash.reader, bench.directory.rows.path
     pieces = -(-bench.stride // reader.request_bytes)
     block = -(-bench.stride // pieces // 4096) * 4096
     depth = round(statistics.mean(pieces * rows.size for _, rows, _ in seen.reads))
     total = sum(rows.size for _, rows, _ in seen.reads) * bench.stride
-    ours, theirs = [], []
+    ours, fio, bare = [], [], []
     for _ in range(bench.repeats):
         ours.append(total / bench.replay(seen.reads, reader))
-        theirs.append(common.fio(bench.directory.rows.path, block, depth, "randread"))
+        fio.append(common.fio(path, block, depth, "randread"))
+        bare.append(_bare(path, block, depth, total // block))
     return {
         "MB/token": total / seen.tokens / 1e6,
-        "experts a read": depth / pieces,
+        "experts a read": statistics.mean(rows.size for _, rows, _ in seen.reads),
         "request": block,
         "under way": depth,
         "MB/s": [round(x / 1e6) for x in ours],
-        "fio MB/s": [round(x / 1e6) for x in theirs],
-        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "fio MB/s": [round(x / 1e6) for x in fio],
+        "bare MB/s": [round(x / 1e6) for x in bare],
+        "ratio": statistics.median(a / b for a, b in zip(ours, fio, strict=True)),
+        "ratio to bare": statistics.median(a / b for a, b in zip(ours, bare, strict=True)),
         "target": TARGETS["reads"],
     }
+
+
+def _bare(path: Path, block: int, depth: int, count: int) -> float:
+    """Bytes per second of random reads, each thread into huge pages of its own."""
+    fd, _ = open_direct(path)
+    places = np.random.default_rng().integers(0, (path.stat().st_size - block) // 4096, count)
+    offsets = iter((4096 * places).tolist())
+    space = -(-block // HUGE_PAGE) * HUGE_PAGE
+    buffers = [buffer[:block] for buffer in _staging_memory(depth, space)]
+    for buffer in buffers:
+        buffer[:] = 0
+
+    def work(buffer: np.ndarray) -> int:
+        return sum(os.preadv(fd, [buffer], at) for at in offsets)
+
+    with ThreadPoolExecutor(depth) as pool:
+        began = time.perf_counter()
+        total = sum(pool.map(work, buffers))
+        seconds = time.perf_counter() - began
+    os.close(fd)
+    return total / seconds
+
+
+def requests(bench: Bench) -> dict:
+    """The same reads cut into requests of other sizes, into huge pages and ordinary ones."""
+    seen = bench.decode(bench.take(bench.options.tokens))
+    file, caches = bench.directory.rows, bench.caches
+    most = max(cache.table.capacity for cache in caches.values())
+    memories = {"huge": SlotMemory(file.layout, most)}
+    ask, huge_pages.ask_for = huge_pages.ask_for, lambda memory: False
+    try:
+        memories["ordinary"] = SlotMemory(file.layout, most)
+    finally:
+        huge_pages.ask_for = ask
+    total = sum(rows.size for _, rows, _ in seen.reads) * bench.stride
+    readers = {
+        kib: RowReader(file, request_bytes=kib << 10) for kib in (256, 512, 1024, 2048, 4096)
+    }
+    speeds: dict[tuple[str, int], list[float]] = {}
+    for _ in range(bench.repeats):
+        for pages, memory in memories.items():
+            for kib, reader in readers.items():
+                began = time.perf_counter()
+                for layer, rows, slots in seen.reads:
+                    reader.read(layer, rows, slots, memory.views)
+                speed = total / (time.perf_counter() - began)
+                speeds.setdefault((pages, kib), []).append(round(speed / 1e6))
+    for reader in readers.values():
+        reader.close()
+    found: dict = {}
+    for (pages, kib), values in speeds.items():
+        row = found.setdefault(f"{pages} pages, MB/s (least, most)", {})
+        row[f"{kib} KiB"] = [statistics.median(values), min(values), max(values)]
+    return found
 
 
 def overlap(bench: Bench) -> dict:
@@ -611,6 +674,7 @@ PARTS: dict[str, Callable[[Bench], dict]] = {
     "routing": routing,
     "policies": policies,
     "reads": reads,
+    "requests": requests,
     "overlap": overlap,
     "streaming": streaming,
     "lookahead": lookahead,
