@@ -34,6 +34,7 @@ from .direct_io import open_direct
 from .errors import DamagedError, ReadError
 from .huge_pages import HUGE_PAGE
 from .layout import PAGE, RowLayout
+from .prepared import PreparedRead, iovec, prepare, where
 from .read_plan import Request, as_slice, cut, plan
 from .rows import RowFile
 
@@ -61,25 +62,6 @@ class ReadStats:
     def __sub__(self, earlier: Self) -> Self:
         diff = {f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
         return type(self)(**{**diff, "direct": self.direct})
-
-
-@dataclass
-class PreparedRead:
-    """Requests of one set of rows into one set of slots, ready to be issued again and again.
-
-    Of each row the bytes from ``first`` to ``last`` are read. ``pieces`` says where those go, piece
-    by piece: so many bytes each, into a part's memory (slot after slot) or, with None, nowhere.
-    """
-
-    layout: RowLayout
-    rows: np.ndarray
-    slots: np.ndarray
-    out: Sequence[np.ndarray | None]
-    pieces: list[tuple[memoryview | None, int]]
-    scattered: list[Request]
-    staged: list[Request]
-    first: int
-    last: int
 
 
 class RowReader:
@@ -198,57 +180,25 @@ class RowReader:
         out: Sequence[np.ndarray | None],
         layer: int = 0,
     ) -> PreparedRead:
-        """Plan a read of ``rows`` (sorted) so that row ``rows[i]`` lands in slot ``slots[i]``.
+        """Plan a read of ``rows`` so that row ``rows[i]`` lands in slot ``slots[i]``.
 
         Args:
-            rows: int array [n], strictly increasing.
-            slots: int array [n], distinct.
-            out: for each part a uint8 array [capacity, extent of the part]; for direct scattering
-                its memory starts on a sector. What a slot holds between and behind the numbers
-                of a part is then the padding in the file. None for a part that is not wanted;
-                where the layout scatters it is not read, if it is the first or the last.
+            rows, slots, out: see ``prepared.prepare``.
             layer: any layer with the layout of those that it will be used for.
         """
         layout = self.file.layers[layer].layout
-        held = []
-        for part, extent, array in zip(layout.parts, layout.extents, out, strict=True):
-            if array is None:
-                continue
-            held.append(array)
-            plain = array.dtype == np.uint8 and array.flags.carray
-            if not plain or array.shape[1:] != (extent,):
-                raise ValueError(
-                    f"memory for part {part.name} is {array.dtype} {array.shape}, "
-                    f"expected writable uint8 [capacity, {extent}] without gaps"
-                )
-            if layout.scatters and self.direct and array.ctypes.data % self._grain:
-                raise ValueError(f"memory for part {part.name} does not start on a sector")
-        if not held:
-            raise ValueError("no part of the rows is wanted")
+        grain = self._grain if self.direct else 1
+        read = prepare(layout, rows, slots, out, grain)
+        if self._in_pieces(layout):
+            for request in plan(rows, max_rows=1):
+                pieces = cut(request, read.first, read.last, self.request_bytes, self._grain)
+                read.scattered.extend(pieces)
+            return read
         gap = self.gap_bytes // layout.stride
-        requests = plan(rows, max_rows=self.max_rows(layout), gap=gap)
-        capacity = min(map(len, held))
-        if slots.shape != rows.shape or bool(((slots < 0) | (slots >= capacity)).any()):
-            raise ValueError(f"slots for {rows.size} rows must be as many, from 0 to {capacity}")
-        first, last = _span(layout, out)
-        pieces: list[tuple[memoryview | None, int]] = []
-        offset = 0
-        for array, extent in zip(out, layout.extents, strict=True):
-            if first <= offset < last:
-                flat = None if array is None else memoryview(array.reshape(-1))
-                pieces.append((flat, extent))
-            offset += extent
-        if last > offset:
-            pieces.append((None, last - offset))
-        scattered: list[Request] = []
-        staged: list[Request] = []
-        for request in requests:
+        for request in plan(rows, max_rows=self.max_rows(layout), gap=gap):
             few = layout.scatters and request.stop - request.start <= SCATTER_ROWS
-            if self._in_pieces(layout):
-                scattered += cut(request, first, last, self.request_bytes, self._grain)
-            else:
-                (scattered if few else staged).append(request)
-        return PreparedRead(layout, rows, slots, out, pieces, scattered, staged, first, last)
+            (read.scattered if few else read.staged).append(request)
+        return read
 
     def submit(self, layer: int, read: PreparedRead, behind: bool = False) -> list[Future[None]]:
         """Start a prepared read on one layer; the rows are there when every future is done.
@@ -262,14 +212,14 @@ class RowReader:
             raise ValueError(f"the read was prepared for rows of another layout than layer {layer}")
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
-        # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
-        # once, begins with a request of its own and goes on with what is left of the rest.
         if behind:
             return [
                 self._behind.submit(self._run_behind, layer, extent.offset, read, [request], staged)
                 for staged, requests in ((True, read.staged), (False, read.scattered))
                 for request in requests
             ]
+        # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
+        # once, begins with a request of its own and goes on with what is left of the rest.
         at_once = self._at_once(read)
         each = [] if at_once else read.scattered
         first, rest = each[: self.threads], iter(each[self.threads :])
@@ -349,33 +299,6 @@ class RowReader:
         if not self._open:
             raise ValueError(f"the reader of {self.file.path} is closed") from None
 
-    def _iovec(self, read: PreparedRead, request: Request) -> list[memoryview]:
-        """Where the bytes of a request go, in the order of the file."""
-        stride, sink = read.layout.stride, self._sink
-        found: list[memoryview] = []
-        at = request.start
-        for i in range(request.first, request.last):
-            if found:
-                if between := stride - (read.last - read.first):
-                    found.append(sink[:between])
-                found += [sink[:stride]] * (int(read.rows[i]) - at)
-            slot = int(read.slots[i])
-            for memory, nbytes in read.pieces:
-                begin = slot * nbytes
-                found.append(sink[:nbytes] if memory is None else memory[begin : begin + nbytes])
-            at = int(read.rows[i]) + 1
-        if request.end:
-            return _between(found, request.begin - read.first, request.end - read.first)
-        return found
-
-    def _where(self, base: int, read: PreparedRead, request: Request) -> tuple[int, int]:
-        """Offset in the file and length of a request."""
-        begin, end = request.begin, request.end
-        if not end:
-            begin = read.first
-            end = (request.stop - request.start - 1) * read.layout.stride + read.last
-        return base + request.start * read.layout.stride + begin, end - begin
-
     def _run_behind(self, *args: Any) -> None:
         with self._lock:
             self._lock.wait_for(lambda: not self._needed or not self._open)
@@ -396,12 +319,12 @@ class RowReader:
         try:
             for request in requests:
                 self._check_open()
-                offset, nbytes = self._where(base, read, request)
+                offset, nbytes = where(base, read, request)
                 count, total = count + 1, total + nbytes
                 if staged:
                     self._read_staged(layer, read, request, offset, nbytes)
                 else:
-                    self._preadv(self._iovec(read, request), offset, nbytes, layer)
+                    self._preadv(iovec(read, request, self._sink), offset, nbytes, layer)
         except BaseException:
             deque(requests, maxlen=0)  # nobody goes on with the rest
             raise
@@ -426,7 +349,7 @@ class RowReader:
                 if not begun[i]:
                     self._check_open()
                 begun[i] = True
-                buffers = self._iovec(read, read.scattered[i])
+                buffers = iovec(read, read.scattered[i], self._sink)
                 done = max(0, int(got[i]))
                 self._preadv(buffers, int(offsets[i]), int(nbytes[i]), layer, done)
         finally:
@@ -498,17 +421,6 @@ class RowReader:
                 self._lock.notify_all()
 
 
-def _span(layout: RowLayout, out: Sequence[np.ndarray | None]) -> tuple[int, int]:
-    """From which to which byte of a row the wanted parts lie."""
-    if not layout.scatters:
-        return 0, layout.stride
-    wanted = [i for i, array in enumerate(out) if array is not None]
-    extents = layout.extents
-    if wanted[-1] == len(out) - 1:  # padding behind the last part lets requests be joined
-        return sum(extents[: wanted[0]]), layout.stride
-    return sum(extents[: wanted[0]]), sum(extents[: wanted[-1] + 1])
-
-
 def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
     """Buffers on huge pages where the system has them; memory is taken as it is touched."""
     memory = mmap.mmap(-1, count * nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -522,16 +434,6 @@ def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
-
-
-def _between(buffers: list[memoryview], begin: int, end: int) -> list[memoryview]:
-    """Bytes ``begin`` to ``end`` of what the buffers are together."""
-    found = []
-    for buffer in buffers:
-        if part := buffer[max(begin, 0) : max(end, 0)]:
-            found.append(part)
-        begin, end = begin - len(buffer), end - len(buffer)
-    return found
 
 
 def _after(buffers: list[memoryview], done: int) -> list[memoryview]:

@@ -17,6 +17,7 @@ from test_rows import make
 from mlx_flash import aio, scatter
 from mlx_flash import reader as module
 from mlx_flash.errors import DamagedError, ReadError
+from mlx_flash.prepared import iovec
 from mlx_flash.reader import ReadStats, RowReader
 
 LAYOUT = LAYOUTS["scattered"]
@@ -223,7 +224,7 @@ def test_bytes_go_where_those_of_threads_go(tmp_path, name, wanted, gap_bytes):
                 layout.stride,
                 reader._sink,
             )
-            expected = [reader._iovec(read, request) for request in read.scattered]
+            expected = [iovec(read, request, reader._sink) for request in read.scattered]
             assert firsts.tolist() == np.cumsum([0, *map(len, expected)])[:-1].tolist()
             assert found.tolist() == [
                 (np.frombuffer(b, np.uint8).ctypes.data, len(b)) for bs in expected for b in bs
