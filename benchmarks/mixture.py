@@ -56,9 +56,9 @@ from mlx_flash.converter import convert
 from mlx_flash.direct_io import open_direct
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.experts import FlashSwitch, bind_arrays
-from mlx_flash.huge_pages import HUGE_PAGE
 from mlx_flash.loader import FlashStats, load_model
 from mlx_flash.policy import LFU, LRU, Belady, Policy, SlidingWindow
+from mlx_flash.prepared import PreparedRead
 from mlx_flash.reader import RowReader, _staging_memory
 from mlx_flash.stream import LayerStream
 
@@ -211,6 +211,7 @@ class NoReads:
         pass
 
     drop = wait
+    read = prepare
 
 
 class StreamedSwitch(nn.Module):
@@ -354,25 +355,36 @@ def _switches(model: nn.Module) -> list[FlashSwitch]:
     return [layer.mlp.switch_mlp for layer in model.layers]
 
 
+class Recording:
+    """Stands before a reader and keeps what it is asked for."""
+
+    def __init__(self, reader: RowReader, reads: list) -> None:
+        self.reader, self.reads = reader, reads
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.reader, name)
+
+    def read(self, layer: int, rows: np.ndarray, slots: np.ndarray, out: list) -> None:
+        self.reads.append((layer, rows.copy(), slots.copy()))
+        self.reader.read(layer, rows, slots, out)
+
+    def submit(self, layer: int, read: PreparedRead, behind: bool = False) -> list:
+        if not isinstance(self.reader, NoReads):
+            self.reads.append((layer, read.rows.copy(), read.slots.copy()))
+        return self.reader.submit(layer, read, behind)
+
+
 @contextmanager
 def _recorded(caches: dict[int, RowCache], reads: list) -> Iterator[None]:
     """Keep what the caches read."""
-    originals = {i: cache._read for i, cache in caches.items()}
-
-    def watch(layer: int) -> Callable:
-        def read(rows: np.ndarray, slots: np.ndarray, behind: bool = False) -> list:
-            reads.append((layer, np.array(rows), np.array(slots)))
-            return originals[layer](rows, slots, behind)
-
-        return read
-
+    real = {i: cache._reader for i, cache in caches.items()}
     for i, cache in caches.items():
-        cache._read = watch(i)
+        cache._reader = Recording(real[i], reads)
     try:
         yield
     finally:
-        for cache in caches.values():
-            del cache._read
+        for i, cache in caches.items():
+            cache._reader = real[i]
 
 
 def expert_bytes(bench: Bench) -> dict:
@@ -449,22 +461,21 @@ def reads(bench: Bench) -> dict:
     }
 
 
-def _bare(path: Path, block: int, depth: int, count: int) -> float:
-    """Bytes per second of random reads, each thread into huge pages of its own."""
+def _bare(path: Path, block: int, depth: int, count: int, space: int = 512 << 20) -> float:
+    """Bytes per second of random reads into huge pages, as much memory as slots are, or nearly."""
     fd, _ = open_direct(path)
     places = np.random.default_rng().integers(0, (path.stat().st_size - block) // 4096, count)
-    offsets = iter((4096 * places).tolist())
-    space = -(-block // HUGE_PAGE) * HUGE_PAGE
-    buffers = [buffer[:block] for buffer in _staging_memory(depth, space)]
+    buffers = _staging_memory(space // block, block // 4096 * 4096)
     for buffer in buffers:
         buffer[:] = 0
+    work = iter(zip((4096 * places).tolist(), itertools.cycle(buffers), strict=False))
 
-    def work(buffer: np.ndarray) -> int:
-        return sum(os.preadv(fd, [buffer], at) for at in offsets)
+    def read(_: int) -> int:
+        return sum(os.preadv(fd, [buffer], at) for at, buffer in work)
 
     with ThreadPoolExecutor(depth) as pool:
         began = time.perf_counter()
-        total = sum(pool.map(work, buffers))
+        total = sum(pool.map(read, range(depth)))
         seconds = time.perf_counter() - began
     os.close(fd)
     return total / seconds

@@ -315,6 +315,7 @@ class RowCache:
         self._reader = reader
         self._pending: dict[int, list[Future[None]]] = {}
         self._foretold: set[int] = set()
+        self._coming: list[Future[None]] = []
         self._built_on: list[mx.array] = []
         self._index: mx.array | None = None
 
@@ -338,6 +339,32 @@ class RowCache:
             self.wait_seconds += time.perf_counter() - began
         self.misses += int(update.load_rows.size)
         return inside
+
+    def begin(self, active: np.ndarray) -> np.ndarray:
+        """Begin to fetch active rows, no more than there are slots, and return while they come.
+
+        Until ``finish`` those that are returned may not be computed from, the others may.
+        """
+        _, update = self._make_room(active)
+        self.misses += int(update.load_rows.size)
+        with self.sound():
+            foretold = [
+                row
+                for row in self._pending.keys() & set(active.tolist())
+                if not all(read.done() for read in self._pending[row])
+            ]
+            self._coming += self._begun(active)
+            if update.load_rows.size:
+                self._coming += self._read(update.load_rows, update.load_slots)
+        return np.append(update.load_rows, np.array(foretold, np.int64))
+
+    def finish(self) -> None:
+        """Wait for what was begun; raises like ``fetch``."""
+        with self.sound():
+            began = time.perf_counter()
+            self._reader.wait(self._coming)
+            self._coming.clear()
+            self.wait_seconds += time.perf_counter() - began
 
     def foretell(self, rows: np.ndarray) -> None:
         """Begin to read rows (sorted, distinct) that may be needed soon, behind what is needed now.
@@ -432,6 +459,8 @@ class RowCache:
         except BaseException:
             self._reader.drop([read for reads in self._pending.values() for read in reads])
             self._pending.clear()
+            self._reader.drop(self._coming)
+            self._coming.clear()
             self._foretold.clear()
             self.table = SlotTable(self.table.rows, self.table.capacity)
             self._built_on.clear()
