@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from . import huge_pages
 from .errors import CacheError
 from .layout import PAGE, RowLayout
 from .policy import Policy, SlidingWindow
@@ -38,8 +39,9 @@ UNSETTLED = 64  # so many results are kept for later at most
 
 
 def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np.ndarray]:
-    """``nbytes`` of page-aligned memory as an MLX array and a writable uint8 view of the same.
+    """``nbytes`` of page-aligned zeros as an MLX array and a writable uint8 view of the same.
 
+    On Linux it is on huge pages, and only taken as it is written to.
     MLX counts elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
     """
     count = -(-nbytes // dtype.size)
@@ -50,7 +52,9 @@ def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np
     skip = -np.array(raw, copy=False).ctypes.data % PAGE // dtype.size
     aligned = raw[skip : skip + count]
     mx.eval(aligned)
-    return aligned, _bytes_of(aligned)
+    view = _bytes_of(aligned)
+    huge_pages.ask_for(view)
+    return aligned, view
 
 
 def _bytes_of(array: mx.array) -> np.ndarray:
@@ -311,6 +315,7 @@ class RowCache:
         self._reader = reader
         self._pending: dict[int, list[Future[None]]] = {}
         self._foretold: set[int] = set()
+        self._coming: list[Future[None]] = []
         self._built_on: list[mx.array] = []
         self._index: mx.array | None = None
 
@@ -334,6 +339,32 @@ class RowCache:
             self.wait_seconds += time.perf_counter() - began
         self.misses += int(update.load_rows.size)
         return inside
+
+    def begin(self, active: np.ndarray) -> np.ndarray:
+        """Begin to fetch active rows, no more than there are slots, and return while they come.
+
+        Until ``finish`` those that are returned may not be computed from, the others may.
+        """
+        _, update = self._make_room(active)
+        self.misses += int(update.load_rows.size)
+        with self.sound():
+            foretold = [
+                row
+                for row in self._pending.keys() & set(active.tolist())
+                if not all(read.done() for read in self._pending[row])
+            ]
+            self._coming += self._begun(active)
+            if update.load_rows.size:
+                self._coming += self._read(update.load_rows, update.load_slots)
+        return np.append(update.load_rows, np.array(foretold, np.int64))
+
+    def finish(self) -> None:
+        """Wait for what was begun; raises like ``fetch``."""
+        with self.sound():
+            began = time.perf_counter()
+            self._reader.wait(self._coming)
+            self._coming.clear()
+            self.wait_seconds += time.perf_counter() - began
 
     def foretell(self, rows: np.ndarray) -> None:
         """Begin to read rows (sorted, distinct) that may be needed soon, behind what is needed now.
@@ -428,6 +459,8 @@ class RowCache:
         except BaseException:
             self._reader.drop([read for reads in self._pending.values() for read in reads])
             self._pending.clear()
+            self._reader.drop(self._coming)
+            self._coming.clear()
             self._foretold.clear()
             self.table = SlotTable(self.table.rows, self.table.capacity)
             self._built_on.clear()

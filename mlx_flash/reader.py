@@ -32,6 +32,7 @@ import numpy as np
 from . import aio, scatter
 from .direct_io import open_direct
 from .errors import DamagedError, ReadError
+from .huge_pages import HUGE_PAGE
 from .layout import PAGE, RowLayout
 from .prepared import PreparedRead, iovec, prepare, where
 from .read_plan import Request, as_slice, cut, plan
@@ -43,7 +44,6 @@ GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another re
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
 BEHIND = 2  # requests under way that nobody waits for yet
-HUGE_PAGE = 2 << 20
 
 
 @dataclass

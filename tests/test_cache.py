@@ -591,6 +591,39 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     assert_slots_hold(cache, dense)
 
 
+def test_what_is_there_can_be_used_while_the_rest_comes(opened, monkeypatch):
+    reader, dense = opened
+    cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
+    cache.fetch(rows_of(1, 2, 3))
+    submit, begun = reader.submit, []
+    monkeypatch.setattr(reader, "submit", lambda *args: begun.append(args) or [])
+    assert sorted(cache.begin(rows_of(2, 3, 7, 9)).tolist()) == [7, 9]
+    cache.finish()
+    monkeypatch.undo()
+    reader.wait(submit(*begun[0]))
+    assert (cache.hits, cache.misses) == (2, 5)
+    assert_slots_hold(cache, dense)
+    cache.foretell(rows_of(20, 21))
+    assert set(cache.begin(rows_of(1, 20)).tolist()) <= {20}  # unless it has come already
+    cache.finish()
+    assert not cache.begin(rows_of(1, 20)).size
+    cache.finish()
+    cache.fetch(rows_of(21))
+    assert_slots_hold(cache, dense)
+
+
+def test_failure_between_begin_and_finish_leaves_an_empty_cache(opened):
+    reader, dense = opened
+    cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
+    with pytest.raises(MemoryError), cache.sound():
+        cache.begin(rows_of(1, 2))
+        raise MemoryError
+    assert not cache.rows().size
+    cache.begin(rows_of(4))
+    cache.finish()
+    assert_slots_hold(cache, dense)
+
+
 def test_more_rows_than_slots(opened):
     """What is there stays, the others pass by."""
     reader, dense = opened
