@@ -27,7 +27,9 @@ NAMES = ("gate", "up", "down")
 LAYOUTS = {
     "staged": RowLayout.plan(NAMES, "BF16", 64),
     "staged, parts unlike": RowLayout(
-        (Part("a", "F32", (7,), 0), Part("b", "BF16", (50,), 28), Part("c", "U8", (3,), 200)), 512, 512
+        (Part("a", "F32", (7,), 0), Part("b", "BF16", (50,), 28), Part("c", "U8", (3,), 200)),
+        512,
+        512,
     ),
     "scattered": RowLayout.plan(NAMES[1:], "BF16", 2048),
     "scattered, short": RowLayout.plan(NAMES, "BF16", 1000),

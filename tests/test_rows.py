@@ -129,7 +129,9 @@ def test_alignment_can_be_asked_for():
 
 
 def test_parts_off_sectors_do_not_scatter():
-    assert RowLayout((Part("a", "F32", (128,), 0), Part("b", "F32", (128,), 512)), 512, 1024).scatters
+    assert RowLayout(
+        (Part("a", "F32", (128,), 0), Part("b", "F32", (128,), 512)), 512, 1024
+    ).scatters
     for offset in (516, 1024):
         parts = (Part("a", "F32", (128,), 0), Part("b", "F32", (128,), offset))
         assert not RowLayout(parts, 512, 2048).scatters
