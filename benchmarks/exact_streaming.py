@@ -39,7 +39,7 @@ TOKENS = 128
 def smollm(dtype: str) -> ModelDirectory:
     out = OUT / f"smollm2-{dtype}"
     if not out.exists():
-        convert(str(common.smollm_gguf()), out, dtype=dtype)
+        convert(str(common.smollm_gguf()), out, dtype=dtype, dequantize=True)
     return ModelDirectory(out)
 
 

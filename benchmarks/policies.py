@@ -188,7 +188,9 @@ def directories() -> Iterator[tuple[str, Callable[[], ModelDirectory], float]]:
 
 def made(source: Path, name: str) -> ModelDirectory:
     out = OUT / f"{name}-float32"
-    return ModelDirectory(out if out.exists() else convert(str(source), out, dtype="float32"))
+    return ModelDirectory(
+        out if out.exists() else convert(str(source), out, dtype="float32", dequantize=True)
+    )
 
 
 def traces(name: str, make: Callable[[], ModelDirectory], sparsity: float, tokens: int) -> dict:

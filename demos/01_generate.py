@@ -55,7 +55,14 @@ def main() -> None:
     if not (MODEL / "config.json").exists():
         # bfloat16 is what MLX computes fastest on a Linux CPU; on a Mac either will do.
         mlx_flash(
-            "convert", "--model", str(gguf()), "--mlx-path", str(MODEL), "--dtype", "bfloat16"
+            "convert",
+            "--model",
+            str(gguf()),
+            "--mlx-path",
+            str(MODEL),
+            "--dequantize",
+            "--dtype",
+            "bfloat16",
         )
     dense = generate("dense", "--dense")
     context = dense["prompt_tokens"] + TOKENS

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from . import __version__, cli_calibrate, cli_generate
 from .errors import DamagedError, FlashError, UsageError
 
+MODES = ("affine", "mxfp4", "mxfp8")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser of ``mlx_flash``."""
@@ -34,7 +36,22 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="float type to write (default: the checkpoint's; bfloat16 for a quantised GGUF)",
+        help="float type to write (default: the checkpoint's)",
+    )
+    convert.add_argument(
+        "--quantize", "-q", action="store_true", help="quantise as mlx_lm.convert does"
+    )
+    convert.add_argument("--q-bits", type=int, help="bits per weight (default: 4)")
+    convert.add_argument("--q-group-size", type=int, help="weights per scale (default: 64)")
+    convert.add_argument("--q-mode", default="affine", choices=MODES, help="default: affine")
+    convert.add_argument(
+        "--quant-predicate", metavar="RECIPE", help="mlx-lm's mixed recipes, such as mixed_4_6"
+    )
+    convert.add_argument(
+        "--dequantize",
+        "-d",
+        action="store_true",
+        help="make floats of a quantised checkpoint or GGUF (default: kept as they are)",
     )
     convert.add_argument("--force", action="store_true", help="replace an existing model directory")
     convert.set_defaults(run=run_convert)
@@ -101,6 +118,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .converter import convert
+    from .inspection import requantised
 
     with tqdm(unit="B", unit_scale=True, desc="convert", disable=None) as bar:
 
@@ -112,9 +130,21 @@ def run_convert(args: argparse.Namespace) -> int:
                 bar.update(nbytes)
 
         out = convert(
-            args.model, args.mlx_path, dtype=args.dtype, force=args.force, progress=progress
+            args.model,
+            args.mlx_path,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            q_bits=args.q_bits,
+            q_group_size=args.q_group_size,
+            q_mode=args.q_mode,
+            quant_predicate=args.quant_predicate,
+            dequantize=args.dequantize,
+            force=args.force,
+            progress=progress,
         )
     print(f"Saved {out}")
+    for line in requantised(out):
+        print(line)
     return 0
 
 

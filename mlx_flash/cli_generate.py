@@ -18,6 +18,7 @@ from .budget import parse_ram, show
 from .errors import FlashError, ModelError, UsageError
 from .policy import DEFAULT_POLICY, DEFAULT_WINDOW, POLICIES
 
+UNITS = {"neuron": "rows", "expert": "experts", "layer": "FFNs"}
 PREDICTORS = ("auto", "none", "gate", "up", "low-rank", "threshold")
 
 
@@ -48,6 +49,11 @@ def add(commands: Any) -> None:
         type=int,
         metavar="K",
         help=f"tokens that --policy window keeps rows for; default: {DEFAULT_WINDOW}",
+    )
+    generate.add_argument(
+        "--lookahead",
+        action=argparse.BooleanOptionalAction,
+        help="of mixtures: read ahead what the next layer's router would choose",
     )
     generate.add_argument(
         "--ignore-chat-template",
@@ -85,6 +91,7 @@ def run_generate(args: argparse.Namespace) -> int:
         predictor=args.predictor,
         policy=args.policy or DEFAULT_POLICY,
         window=DEFAULT_WINDOW if args.window is None else args.window,
+        lookahead=args.lookahead,
     )
     result = _stream(args, model, tokenizer, prompt)
     _summary(result)
@@ -108,6 +115,8 @@ def _check_generate(args: argparse.Namespace) -> None:
         parse_ram(args.ram)
     if args.dense and args.predictor not in ("auto", "none"):
         raise UsageError(f"--dense reads nothing, so --predictor {args.predictor} has no use")
+    if args.dense and args.lookahead:
+        raise UsageError("--dense reads nothing, so --lookahead has no use")
     if args.window is not None:
         if args.window < 1:
             raise UsageError(f"--window is at least 1 token, got {args.window}")
@@ -247,6 +256,10 @@ def _flash_figures(flash: Any, before: Any, seconds: float) -> dict[str, Any]:
         "layer_calls": spent.layer_calls,
         "predict_seconds": spent.predict_seconds,
         "manage_seconds": spent.manage_seconds,
+        "unit": flash.directory.unit,
+        "lookahead": flash.lookahead and bool(flash.caches),
+        "foretold": spent.foretold,
+        "useful": spent.useful,
         "cached_rows": sum(flash.plan.slots.values()),
         "bytes_per_token": spent.bytes_read / steps,
         "direct": spent.direct,
@@ -276,15 +289,31 @@ def _summary(result: dict[str, Any]) -> None:
     print(
         f"Flash: {show(flash['bytes_per_token'])} read per token{how}, "
         f"hit rate {100 * flash['hits'] / max(rows, 1):.1f} %, "
-        f"rows of {flash['kept_layers']} of {layers} layers kept"
+        f"{UNITS[flash['unit']]} of {flash['kept_layers']} of {layers} layers kept"
     )
-    if flash["cached_rows"]:
+    if flash["unit"] == "expert" and flash["cached_rows"]:
+        print(_experts_line(flash))
+    elif flash["cached_rows"]:
         print(_predictor_line(flash))
     print(
         f"Time: reading {100 * flash['read_seconds'] / seconds:.0f} %, "
         f"computing {100 * flash['compute_seconds'] / seconds:.0f} %, "
         f"waiting {100 * flash['wait_seconds'] / seconds:.0f} % (reading runs beside computing)"
     )
+
+
+def _experts_line(flash: dict[str, Any]) -> str:
+    """How many experts a layer was asked for, and what was foretold."""
+    asked = flash["predicted"] / max(flash["layer_calls"], 1)
+    most = flash["rows"][0]
+    line = (
+        f"Experts: {asked:.1f} of {most} asked for per layer and step, "
+        f"{100 * flash['cached_rows'] / sum(flash['rows']):.1f} % in slots; exact"
+    )
+    if not flash["lookahead"]:
+        return line
+    share = 100 * flash["useful"] / max(flash["foretold"], 1)
+    return line + f"; {flash['foretold']} read ahead, {share:.0f} % of them needed"
 
 
 def _predictor_line(flash: dict[str, Any]) -> str:

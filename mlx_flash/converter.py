@@ -28,6 +28,7 @@ from .architectures import make_model
 from .cache import DTYPES
 from .checkpoint import Checkpoint, Packing, open_checkpoint
 from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_place
+from .errors import ModelError
 from .packed import request
 from .predictor_file import Predictors
 from .rows import RowFileWriter, file_bytes, sha256_of
@@ -57,7 +58,8 @@ def convert(
     Args:
         source: path or hub name.
         out: directory to make; must not exist unless ``force``.
-        dtype: float16, bfloat16 or float32; None keeps the checkpoint's float type.
+        dtype: float16, bfloat16 or float32; None keeps the checkpoint's float type (float16 for
+            a GGUF with quantised tensors, since that is the type of their scales).
         quantize: quantise, as mlx-lm's ``convert`` does (a checkpoint that is quantised already
             is kept as it is, without being asked). A neuron that can be read alone gets scales of
             its own, along d_model.
@@ -74,8 +76,9 @@ def convert(
     """
     target = Path(out).absolute()
     output.check_target(target, force, source)
-    asked = quantize or q_bits is not None or q_group_size is not None or q_mode != "affine"
-    scheme = request(q_bits, q_group_size, q_mode) if asked else None
+    if not quantize and (q_bits is not None or q_group_size is not None or q_mode != "affine"):
+        raise ModelError("bits, group size and mode are for quantising; ask for that, too (-q)")
+    scheme = request(q_bits, q_group_size, q_mode) if quantize else None
     packing = Packing(dtype, scheme, quant_predicate, dequantize)
     checkpoint = open_checkpoint(source, packing)
     job = _Job(checkpoint, packing, Path(source).absolute().name)
@@ -159,6 +162,7 @@ class _Job:
             "quantization": asdict(self.rows.scheme) if self.rows.scheme else None,
             "parameters": parameters(self.checkpoint.config),
             "source": self.name,
+            "requantised": getattr(self.checkpoint, "requantised", {}),
             "files": files,
         }
         config = json.loads(json.dumps({**self.checkpoint.config, "flash": flash}))

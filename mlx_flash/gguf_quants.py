@@ -64,7 +64,7 @@ _KEPT = {
 }
 
 
-class Scheme(NamedTuple):
+class Form(NamedTuple):
     """How MLX is to hold a tensor."""
 
     bits: int
@@ -90,26 +90,26 @@ def readable_types() -> list[str]:
     return [kind.name for kind in GGMLQuantizationType if is_readable(kind)]
 
 
-def find_scheme(kind: GGMLQuantizationType) -> Scheme | None:
+def find_form(kind: GGMLQuantizationType) -> Form | None:
     """What becomes of a type that is readable; None for floats."""
     if kind.name in FLOATS:
         return None
     if codes := _KEPT.get(kind.name):
-        return Scheme(codes.bits, anew=False)
+        return Form(codes.bits, anew=False)
     weights, size = GGML_QUANT_SIZES[kind]
-    return Scheme(next(b for b in WIDTHS_ANEW if b * weights >= 8 * size), anew=True)
+    return Form(next(b for b in WIDTHS_ANEW if b * weights >= 8 * size), anew=True)
 
 
 def to_affine(
     raw: np.ndarray, kind: GGMLQuantizationType
 ) -> tuple[mx.array | np.ndarray, mx.array | np.ndarray, mx.array | np.ndarray]:
     """Rows of a GGUF's bytes as packed uint32 codes, float32 scales and float32 biases."""
-    scheme = find_scheme(kind)
-    if scheme is None:
+    form = find_form(kind)
+    if form is None:
         raise ValueError(f"{kind.name} is not quantised")
-    if scheme.anew:
+    if form.anew:
         rows = mx.array(dequantize(raw, kind))
-        return mx.quantize(rows, group_size=scheme.group, bits=scheme.bits)
+        return mx.quantize(rows, group_size=form.group, bits=form.bits)
     codes, (weights, size) = _KEPT[kind.name], GGML_QUANT_SIZES[kind]
     blocks = raw.reshape(-1, size)
     heads = blocks[:, codes.at : codes.at + len(codes.unit)]

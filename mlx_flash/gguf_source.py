@@ -33,7 +33,7 @@ from .gguf_header import (
     read_header,
     some,
 )
-from .gguf_quants import Scheme, find_scheme
+from .gguf_quants import Form, find_form
 from .gguf_tensors import affine_shapes, read_affine, read_floats, read_rows
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -100,16 +100,16 @@ class GGUFCheckpoint:
             check_extents(infos, stat.st_size)
             self._head_dim = dims["head_dim"]
             self._tensors = {name: by_name[source] for source, name in names.items()}
-            self._schemes = {} if dequantize else _schemes(self._tensors)
-            dtype = dtype or _default_dtype(infos, bool(self._schemes))
+            self._forms = {} if dequantize else _forms(self._tensors)
+            dtype = dtype or _default_dtype(infos, bool(self._forms))
             self._dtype = DTYPES[dtype]
             self.config: dict[str, Any] = _config(self._meta, dims, dtype, tied)
             freqs = by_name.get("rope_freqs.weight")
             factors = None if freqs is None else _read_vector(self.path, freqs)
             if scaling := _rope_scaling(self._meta, self.config, factors):
                 self.config["rope_scaling"] = scaling
-        if self._schemes:
-            self.config["quantization"] = _quantization(self._schemes)
+        if self._forms:
+            self.config["quantization"] = _quantization(self._forms)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, mx.Dtype] = {}
         self.requantised: dict[str, tuple[int, int, int]] = {}
@@ -120,17 +120,18 @@ class GGUFCheckpoint:
         digest = hashlib.sha256(json.dumps(what).encode())
         self.fingerprint: str = digest.hexdigest()[:16]
         self.predictors: dict[str, mx.array] = {}
+        self.row_scheme = None  # its FFNs have no zeros: rows are whole layers
 
     def _list(self, path: str, tensor: Tensor) -> None:
-        scheme = self._schemes.get(path)
-        shapes = affine_shapes(tensor, scheme) if scheme else {"weight": tensor.shape}
+        form = self._forms.get(path)
+        shapes = affine_shapes(tensor, form) if form else {"weight": tensor.shape}
         for part, shape in shapes.items():
-            packed = scheme is not None and part == "weight"
+            packed = form is not None and part == "weight"
             self.shapes[f"{path}.{part}"] = shape
             self.dtypes[f"{path}.{part}"] = mx.uint32 if packed else self._dtype
-        if scheme and scheme.anew:
+        if form and form.anew:
             count = self.requantised.get(tensor.type.name, (0,))[0]
-            self.requantised[tensor.type.name] = (count + 1, scheme.bits, scheme.group)
+            self.requantised[tensor.type.name] = (count + 1, form.bits, form.group)
 
     def take(self, name: str) -> mx.array:
         """The evaluated tensor; reads the bytes of that tensor and no others.
@@ -149,10 +150,10 @@ class GGUFCheckpoint:
             self._taken = ("", {})
             del parts  # freed before the next are made
             with naming(self.path):
-                scheme = self._schemes.get(path)
-                if scheme is None:
+                form = self._forms.get(path)
+                if form is None:
                     return read_floats(self.path, tensor, self._dtype, head_dim)
-                parts = read_affine(self.path, tensor, scheme, self._dtype, head_dim)
+                parts = read_affine(self.path, tensor, form, self._dtype, head_dim)
             self._taken = (path, parts)
         return parts.pop(part)
 
@@ -255,21 +256,21 @@ def _check_tensors(tensors: dict[str, Tensor], dims: dict[str, int], tied: bool)
     return {f"{source}.weight": f"{name}.weight" for source, (name, _) in table.items()}
 
 
-def _schemes(tensors: dict[str, Tensor]) -> dict[str, Scheme]:
+def _forms(tensors: dict[str, Tensor]) -> dict[str, Form]:
     """Path of each matrix that stays quantised, without ``.weight``; vectors become floats."""
     found = {
-        name.removesuffix(".weight"): find_scheme(tensor.type)
+        name.removesuffix(".weight"): find_form(tensor.type)
         for name, tensor in tensors.items()
         if len(tensor.shape) == 2
     }
-    return {path: scheme for path, scheme in found.items() if scheme}
+    return {path: form for path, form in found.items() if form}
 
 
-def _quantization(schemes: dict[str, Scheme]) -> dict[str, Any]:
+def _quantization(forms: dict[str, Form]) -> dict[str, Any]:
     """mlx-lm's: what most matrices have, and by path what the others have."""
-    configs = {path: scheme.to_config() for path, scheme in schemes.items()}
-    (bits, group), _ = Counter((s.bits, s.group) for s in schemes.values()).most_common(1)[0]
-    most = Scheme(bits, anew=False, group=group).to_config()
+    configs = {path: form.to_config() for path, form in forms.items()}
+    (bits, group), _ = Counter((s.bits, s.group) for s in forms.values()).most_common(1)[0]
+    most = Form(bits, anew=False, group=group).to_config()
     return most | {path: config for path, config in configs.items() if config != most}
 
 

@@ -6,14 +6,16 @@ Knows: how to count and to show. Does not know: how fast anything is.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
-from . import footprint
+from . import footprint, mixtures
 from .budget import make_plan, make_sparse_plan, round_up, show
-from .directory import ModelDirectory
+from .directory import ModelDirectory, read_config
 from .errors import BudgetError
 from .loader import load_tokenizer
 from .needs import needs_of, sparse_needs
+from .packed import scheme
 from .reader import RowReader
 from .selection import Selection, select
 
@@ -32,13 +34,17 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
     del tokenizer
     count = sum(layer.rows for layer in rows.layers)
     selection = select(directory)
-    sparse = sparse_needs(directory, selection) if selection else None
+    pages = selection or directory.mixture
+    sparse = sparse_needs(directory, selection) if pages else None
     return {
         "path": str(directory.path),
         "model_type": directory.config["model_type"],
-        "unit": "neuron",
-        "activation": directory.ffn.activation,
-        "dtype": rows.layout.parts[0].dtype,
+        "unit": directory.unit,
+        "activation": directory.config["flash"]["activation"],
+        "experts": _experts(directory),
+        "dtype": directory.config["flash"]["dtype"],
+        "quantization": _quantization(directory.config),
+        "requantised": directory.config["flash"]["requantised"],
         "parameters": directory.config["flash"]["parameters"],
         "resident_bytes": needs.resident,
         "layers": len(rows.layers),
@@ -54,6 +60,32 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "predictor": _predictor(selection),
         "budgets": [_budget(needs, sparse, ram) for ram in _budgets(needs.least, needs.dense)],
     }
+
+
+def _experts(directory: ModelDirectory) -> dict[str, int] | None:
+    """How many experts a layer of a mixture has, and a token takes."""
+    if directory.mixture is None:
+        return None
+    experts, top_k = mixtures.expert_counts(directory.config, directory.mixture)
+    return {"per_layer": experts, "per_token": top_k}
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, int]:
+    """Scheme -> how many modules the config names with it; the default one counts as 0."""
+    found = config.get("quantization")
+    if not found:
+        return {}
+    own = [str(scheme(v)) for v in found.values() if isinstance(v, dict)]
+    return {str(scheme(found)): 0} | {name: own.count(name) for name in own}
+
+
+def requantised(path: Path) -> list[str]:
+    """A line for each type of a GGUF that MLX lacks and that was quantised anew."""
+    found = read_config(path)["flash"]["requantised"]
+    return [
+        f"Quantised anew: {count} tensors of {kind}, to {bits} bits in groups of {group}"
+        for kind, (count, bits, group) in found.items()
+    ]
 
 
 def _predictor(selection: Selection | None) -> dict[str, Any] | None:
@@ -95,15 +127,15 @@ def report(info: dict[str, Any]) -> str:
     padding = info["row_bytes"] / info["row_bytes_without_padding"] - 1
     lines = [
         f"{info['path']}: {info['model_type']}, {info['parameters'] / 1e6:.1f} M parameters, "
-        f"{info['dtype']}",
+        f"{_numbers(info)}",
         f"  resident   {show(info['resident_bytes'])}",
-        f"  rows       {show(info['row_file_bytes'])}: {info['layers']} layers, {info['rows']} "
-        f"rows of {info['row_bytes']} bytes ({' + '.join(info['parts'])}; "
-        f"{100 * padding:.1f} % padding), activation {info['activation']}",
+        _rows_line(info, padding),
         f"  reads      {'direct' if info['direct_reads'] else 'through the page cache'}",
         f"  least RAM  {show(info['least_bytes'])}; everything resident from "
         f"{show(info['dense_bytes'])} (context of {info['context']} tokens)",
     ]
+    for kind, (count, bits, _) in info["requantised"].items():
+        lines.append(f"  note       {count} tensors of {kind} were quantised anew, to {bits} bits")
     if predictor := info["predictor"]:
         lines.append(_predictor_line(predictor))
     if info["budgets"]:
@@ -116,6 +148,30 @@ def report(info: dict[str, Any]) -> str:
             f"   {row['prompt_chunk_tokens']:>5} tokens"
         )
     return "\n".join(lines)
+
+
+def _numbers(info: dict[str, Any]) -> str:
+    """The float type, and what is quantised."""
+    schemes = list(info["quantization"])
+    return " + ".join([info["dtype"], *schemes[:3]]) + (", ..." if len(schemes) > 3 else "")
+
+
+def _rows_line(info: dict[str, Any], padding: float) -> str:
+    line = f"  rows       {show(info['row_file_bytes'])}: {info['layers']} layers, "
+    tail = f"{100 * padding:.1f} % padding)"
+    if experts := info["experts"]:
+        return line + (
+            f"{info['rows']} experts of {show(info['row_bytes'])} ({tail}, "
+            f"{experts['per_token']} of {experts['per_layer']} per token"
+        )
+    if info["unit"] == "layer":
+        return line + (
+            f"each read whole, {show(info['row_bytes'])} ({tail}, activation {info['activation']}"
+        )
+    return line + (
+        f"{info['rows']} rows of {info['row_bytes']} bytes ({' + '.join(info['parts'])}; {tail}, "
+        f"activation {info['activation']}"
+    )
 
 
 def _read(row: dict[str, Any], info: dict[str, Any]) -> str:

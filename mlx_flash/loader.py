@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 
-from . import footprint
+from . import footprint, pagers
 from .architectures import get_classes
 from .budget import (
     Needs,
@@ -41,7 +41,6 @@ from .cache import RowCache
 from .directory import ModelDirectory
 from .errors import BudgetError
 from .needs import MLX_CACHE, foreign_errors, needs_of, sparse_needs, tokens_in
-from .pagers import make_pager
 from .policy import DEFAULT_POLICY, DEFAULT_WINDOW, Policy, SlidingWindow, make_policy
 from .reader import ReadStats, RowReader
 from .selection import Selection, select
@@ -92,7 +91,7 @@ class Flash:
         self.selection = selection if plan.slots else None
         self.lookahead = lookahead
         self._sparse = SparseStats()
-        self.pager = make_pager(
+        self.pager = pagers.make_pager(
             directory, plan, reader, self._sparse, self.selection, policies, lookahead
         )
         self.max_tokens: int | None = None
@@ -297,7 +296,10 @@ def load_model(
     """Like ``load``, without the tokenizer."""
     if context is not None and context < 1:
         raise BudgetError(f"a context is at least one token, got {context}")
+    pagers.check_back_end(directory)
     make_policy(policy, 1, window)
+    if directory.mixture and kept_share is not None:
+        raise BudgetError("kept_share is for models without experts; give cache_share")
     predicts = use_flash and kept_share is None
     selection = select(directory, predictor) if predicts else None
     reader = RowReader(directory.rows)

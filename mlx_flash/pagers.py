@@ -288,6 +288,22 @@ class ExpertPager(_Pager):
         return Lookahead(lambda x: scores(x)[..., :experts], self.caches[layer], top_k)
 
 
+def check_back_end(directory: ModelDirectory) -> None:
+    """Raise ModelError where MLX cannot compute a directory's experts.
+
+    Its CPU back end has ``gather_mm`` for float32 only, and says so in the middle of a token.
+    """
+    types = {part.dtype for layout in directory.rows.layouts for part in layout.parts}
+    packed = "U32" in types
+    if directory.unit != "expert" or packed or mx.default_device().type != mx.DeviceType.cpu:
+        return
+    if types != {"F32"}:
+        raise ModelError(
+            f"{directory.path} has experts in {' and '.join(sorted(types))}, and MLX's CPU back "
+            "end computes them in float32 only; convert with --dtype float32, or quantised (-q)"
+        )
+
+
 def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
     """All rows of a layer, read now, each part with its own shape."""
     extent = reader.file.layers[layer]
