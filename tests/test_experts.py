@@ -4,8 +4,8 @@ Every family of the table that runs on the CPU, in float32, bfloat16, 4 and 8 bi
 bfloat16 scales: logits of a prompt and of a step behind it are the dense model's to the bit, with
 slots for a quarter, half and all of the experts. 128 greedy tokens are the same in float32 and 4
 bits with slots for a quarter and for all; in the other types, which share all of that but the
-kernels, 16 tokens. ``WHOLE`` names families, one for each kind of switch module and router, that
-have all 128 in every type with every number of slots.
+kernels, 8 tokens and no run with half. ``WHOLE`` names families, of each kind of switch module,
+that have all 128 in every type with every number of slots.
 
 Models have as many layers as it takes to have two with experts. MLX multiplies by chosen matrices
 on the CPU in float32 only, unless they are quantised: for bfloat16 the tests put an equivalent
@@ -49,7 +49,7 @@ from mlx_flash.reader import RowReader
 
 METAL = ("muse_spark",)  # families whose forward runs on Metal only
 PAGED = sorted(set(MIXTURES) - set(METAL))
-WHOLE = ("deepseek_v3", "gpt_oss", "llama4", "longcat_flash", "mixtral", "nemotron_h")
+WHOLE = ("deepseek_v3", "gpt_oss", "mixtral", "nemotron_h")
 KINDS = {
     "float32": ("float32", None),
     "4 bit": ("float32", 4),
@@ -64,7 +64,8 @@ GROUP = 32
 TWO = ("deepseek_v41", "gemma4", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid")
 TWO += ("hunyuan", "longcat_flash", "longcat_flash_ngram", "mellum", "minimax", "mixtral", "olmoe")
 TWO += ("phimoe", "phixtral", "qwen2_moe", "qwen3_vl_moe")
-AS_IT_IS = ("jamba", "kimi_linear", "llama4", "nemotron_h", "qwen3_5_moe", "qwen3_next")
+AS_IT_IS = ("jamba", "kimi_linear", "llama4", "minimax_m3_vl", "nemotron_h", "qwen3_5_moe")
+AS_IT_IS += ("qwen3_next",)
 
 
 @pytest.fixture
@@ -133,14 +134,16 @@ def assert_slots_hold_their_rows(model):
 def test_same_as_dense(tmp_path, reads, monkeypatch, family, kind):
     if kind == "bfloat16":
         monkeypatch.setattr(mx, "gather_mm", gather_mm)
+        monkeypatch.setattr("mlx_flash.pagers.check_back_end", lambda directory: None)
     source = checkpoint(tmp_path, family, kind, **few_layers(family))
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     assert directory.unit == "expert"
     dense = dense_of(source)
-    count = 128 if kind in MAIN or family in WHOLE else 16
+    count = 128 if kind in MAIN or family in WHOLE else 8
     tokens, expected = greedy(dense, count), logits(dense)
     assert len(set(tokens)) > 1
-    for share in SHARES:
+    shares = SHARES if kind in MAIN or family in WHOLE else (0.25, 1.0)
+    for share in shares:
         model = load_model(directory, cache_share=share)
         slots = {layer: round(share * EXPERTS) for layer in range(len(directory.rows.layers))}
         assert model.flash.plan.slots == (slots if share < 1 else {})
@@ -503,11 +506,42 @@ def test_predictors_are_for_neurons(source, tmp_path, predictor):
     assert greedy(load(directory, predictor="none", cache_share=0.25)[0], 4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_the_back_end_cannot_compute(tmp_path, dtype):
+    """Said when loading, not in the middle of a token; dense or paged."""
+    source = make_mixture(tmp_path / "hf", "mixtral", dtype, num_hidden_layers=2)
+    directory = ModelDirectory(convert(source, tmp_path / "out"))
+    if mx.default_device().type != mx.DeviceType.cpu:
+        pytest.skip("a back end that computes them")
+    for use_flash in (True, False):
+        with pytest.raises(ModelError, match="in float32 only; convert with --dtype float32"):
+            load_model(directory, use_flash=use_flash)
+
+
+def test_what_the_back_end_cannot_compute_in_one_layer(tmp_path):
+    """The experts of the other layers are quantised."""
+    source = make_mixture(tmp_path / "hf", "mixtral", "bfloat16", num_hidden_layers=2)
+    model, config = utils.load_model(source)
+
+    def choose(path, module):
+        return hasattr(module, "to_quantized") and "layers.0" not in path
+
+    model, config = utils.quantize_model(model, config, 64, 4, quant_predicate=choose)
+    utils.save(tmp_path / "mixed", source, model, utils.load_tokenizer(source), config)
+    directory = ModelDirectory(convert(tmp_path / "mixed", tmp_path / "out"))
+    if mx.default_device().type != mx.DeviceType.cpu:
+        pytest.skip("a back end that computes them")
+    with pytest.raises(ModelError, match="in float32 only; convert with --dtype float32"):
+        load_model(directory)
+
+
 def test_no_such_cache_share(source, tmp_path):
     directory = ModelDirectory(convert(source, tmp_path / "out"))
     for share in (0, -0.1, 1.5):
         with pytest.raises(BudgetError, match="cache_share"):
             load_model(directory, cache_share=share)
+    with pytest.raises(BudgetError, match="kept_share is for models without experts"):
+        load_model(directory, kept_share=0.5)
 
 
 # Directories of mixtures
