@@ -323,13 +323,15 @@ class RowCache:
         """
         inside, update = self._make_room(active)
         with self.sound():
+            began = time.perf_counter()
             waiting = self._begun(active)
-            if update.load_rows.size:
-                waiting += self._read(update.load_rows, update.load_slots)
-            if waiting:
-                began = time.perf_counter()
-                self._reader.wait(waiting)
-                self.wait_seconds += time.perf_counter() - began
+            rows, slots = update.load_rows, update.load_slots
+            if rows.size and not waiting:
+                self._reader.read(self.layer, rows, slots, self.memory.views)
+            elif rows.size:
+                waiting += self._read(rows, slots)
+            self._reader.wait(waiting)
+            self.wait_seconds += time.perf_counter() - began
         self.misses += int(update.load_rows.size)
         return inside
 

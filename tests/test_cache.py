@@ -9,6 +9,7 @@ from contextlib import closing
 import mlx.core as mx
 import numpy as np
 import pytest
+from fake_kernel import FakeKernel, use
 from test_rows import make
 
 from mlx_flash import cache as module
@@ -554,6 +555,7 @@ def test_a_failed_read_leaves_an_empty_cache(opened, monkeypatch):
     rows = cache.rows()
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail)
+        use(patch, FakeKernel())
         with pytest.raises(ReadError, match="layer 1, row 7"):
             cache.fetch(rows_of(2, 7))
     assert (cache.hits, cache.misses) == (1, 3)
