@@ -128,11 +128,14 @@ def test_family_of_the_future(model, capsys):
     assert "model_type 'llama9' is not a family" in refused(model, capsys, ModelError)
 
 
+FLASH_KEYS = ("files", "row_file", "rows_fingerprint", "layouts", "unit", "dtype", "quantization")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         (key, value)
-        for key in "files row_file rows_fingerprint layouts unit dtype quantization".split()
+        for key in FLASH_KEYS
         for value in (..., None, 5, ["x"], {"bits": 3})
         if (key, value) != ("quantization", None)  # as it is
     ],
