@@ -369,13 +369,16 @@ class RowCache:
     def foretell(self, rows: np.ndarray) -> None:
         """Begin to read rows (sorted, distinct) that may be needed soon, behind what is needed now.
 
-        They take slots as active rows do; those that are never asked for leave as any other.
+        They take slots as active rows do; those that are never asked for leave as any other. A
+        window has room for the rows of the last tokens only: nothing is read ahead there.
         """
+        if self.is_window:
+            return
         rows = rows[: self.table.capacity]
         missing = rows[self.table.slot_of[rows] < 0]
         self.foretold += int(missing.size)
         self._foretold = set(missing.tolist())
-        if not missing.size or self.is_window:
+        if not missing.size:
             return
         update = self._change(rows)
         with self.sound():

@@ -213,11 +213,7 @@ class RowReader:
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
         if behind:
-            return [
-                self._behind.submit(self._run_behind, layer, extent.offset, read, [request], staged)
-                for staged, requests in ((True, read.staged), (False, read.scattered))
-                for request in requests
-            ]
+            return self._submit_behind(layer, extent.offset, read)
         # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
         # once, begins with a request of its own and goes on with what is left of the rest.
         at_once = self._at_once(read)
@@ -236,6 +232,19 @@ class RowReader:
                 futures.append(
                     self._pool.submit(self._run, layer, extent.offset, read, requests, False)
                 )
+        except BaseException:
+            self.drop(futures)
+            self._check_open()
+            raise
+        return futures
+
+    def _submit_behind(self, layer: int, base: int, read: PreparedRead) -> list[Future[None]]:
+        futures: list[Future[None]] = []
+        try:
+            for staged, requests in ((True, read.staged), (False, read.scattered)):
+                for request in requests:
+                    args = layer, base, read, [request], staged
+                    futures.append(self._behind.submit(self._run_behind, *args))
         except BaseException:
             self.drop(futures)
             self._check_open()
