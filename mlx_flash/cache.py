@@ -53,7 +53,8 @@ def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np
     aligned = raw[skip : skip + count]
     mx.eval(aligned)
     view = _bytes_of(aligned)
-    huge_pages.ask_for(view)
+    if mx.default_device().type == mx.DeviceType.cpu:  # a GPU's driver minds its own pages
+        huge_pages.ask_for(view)
     return aligned, view
 
 
