@@ -304,6 +304,19 @@ def check_back_end(directory: ModelDirectory) -> None:
         )
 
 
+def slow_back_end(directory: ModelDirectory) -> str:
+    """What to tell a user whose quantised model MLX's CPU back end computes slowly; else empty."""
+    packed = "quantization" in directory.config
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if not packed or not on_cpu or directory.dtype == mx.float32:
+        return ""
+    return (
+        f"{directory.path} is quantised with scales in {str(directory.dtype).rpartition('.')[2]}, "
+        "which MLX's CPU back end multiplies some 8 to 40 times slower than float32; for this "
+        "machine convert with --dtype float32"
+    )
+
+
 def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
     """All rows of a layer, read now, each part with its own shape."""
     extent = reader.file.layers[layer]
