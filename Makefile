@@ -1,5 +1,7 @@
 # Each target makes its own virtual environment first; the second time that costs nothing.
 PYTHON ?= python3
+# Processes that run tests: MLX's CPU back end computes on one core.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demos/01_generate.py
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

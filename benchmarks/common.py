@@ -17,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.cache import SlotTable
+from mlx_flash.direct_io import open_direct
 from mlx_flash.policy import Policy
-from mlx_flash.reader import _staging_memory, open_direct
+from mlx_flash.reader import _staging_memory
 
 OUT = Path(__file__).parent / "out"
 BLOCK, STREAMS = 2 << 20, 8  # of sequential reads: bytes of a request, threads

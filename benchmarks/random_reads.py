@@ -7,7 +7,7 @@ The two take turns and the median of the pairs' ratios is told, since the disk d
 processor's time per request is told besides: where the machine is busy it is what slows reading.
 
     python benchmarks/random_reads.py                      # 2.1 GB under benchmarks/out
-    python benchmarks/random_reads.py --layers 2 --pairs 3 --rows 400
+    python benchmarks/random_reads.py --layers 2 --pairs 3 --rows 400 --engine threads
 
 Knows: the reader, fio. Does not know: models, caches.
 """
@@ -67,12 +67,12 @@ def ours(reader: RowReader, memory: SlotMemory, sets: list[np.ndarray], seconds:
     }
 
 
-def measure(file: RowFile, count: int, pairs: int, seconds: int) -> dict:
+def measure(file: RowFile, count: int, pairs: int, seconds: int, engine: str | None) -> dict:
     """Sets of ``count`` rows against fio."""
     random = np.random.default_rng(0)
     sets = [np.sort(random.choice(ROWS, count, replace=False)) for _ in range(ROUNDS)]
     memory = SlotMemory(file.layout, count)
-    reader = RowReader(file)
+    reader = RowReader(file, engine=engine)
     common.warm([file.path])
     runs, theirs = [], []
     for _ in range(pairs):
@@ -80,7 +80,7 @@ def measure(file: RowFile, count: int, pairs: int, seconds: int) -> dict:
         theirs.append(
             common.fio(file.path, file.layout.stride, reader.threads, "randread", seconds)
         )
-    direct = reader.direct
+    direct, engine = reader.direct, reader.engine
     reader.close()
     return {
         "ratio": statistics.median(r["speed"] / f for r, f in zip(runs, theirs, strict=True)),
@@ -89,6 +89,7 @@ def measure(file: RowFile, count: int, pairs: int, seconds: int) -> dict:
         "processor us/request": round(1e6 * statistics.median(r["cpu"] for r in runs), 1),
         "rows/request": round(runs[0]["rows"], 2),
         "direct": direct,
+        "engine": engine,
         "load": [round(x, 1) for x in os.getloadavg()],
     }
 
@@ -99,13 +100,16 @@ def main() -> None:
     parser.add_argument("--rows", default="100,400,1600", help="of a read, comma-separated")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=2, help="of each run")
+    parser.add_argument("--engine", choices=("aio", "threads"), help="default: the reader's own")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     file = row_file(options.layers)
     results = {"machine": common.machine(), "date": date.today().isoformat()}
     print(f"{results['machine']}, {results['date']}; {Path(file.path).stat().st_size / 1e9:.1f} GB")
     for count in map(int, options.rows.split(",")):
-        results[f"{count} rows"] = measure(file, count, options.pairs, options.seconds)
+        results[f"{count} rows"] = measure(
+            file, count, options.pairs, options.seconds, options.engine
+        )
         print(f"\n{count} rows of {ROWS} a read", flush=True)
         for label, value in results[f"{count} rows"].items():
             print(f"  {label:<22} {value}", flush=True)

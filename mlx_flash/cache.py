@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from . import huge_pages
 from .errors import CacheError
 from .layout import PAGE, RowLayout
 from .policy import Policy, SlidingWindow
@@ -38,8 +39,9 @@ UNSETTLED = 64  # so many results are kept for later at most
 
 
 def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np.ndarray]:
-    """``nbytes`` of page-aligned memory as an MLX array and a writable uint8 view of the same.
+    """``nbytes`` of page-aligned zeros as an MLX array and a writable uint8 view of the same.
 
+    On Linux it is on huge pages, and only taken as it is written to.
     MLX counts elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
     """
     count = -(-nbytes // dtype.size)
@@ -50,7 +52,10 @@ def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np
     skip = -np.array(raw, copy=False).ctypes.data % PAGE // dtype.size
     aligned = raw[skip : skip + count]
     mx.eval(aligned)
-    return aligned, _bytes_of(aligned)
+    view = _bytes_of(aligned)
+    if mx.default_device().type == mx.DeviceType.cpu:  # a GPU's driver minds its own pages
+        huge_pages.ask_for(view)
+    return aligned, view
 
 
 def _bytes_of(array: mx.array) -> np.ndarray:
@@ -311,6 +316,7 @@ class RowCache:
         self._reader = reader
         self._pending: dict[int, list[Future[None]]] = {}
         self._foretold: set[int] = set()
+        self._coming: list[Future[None]] = []
         self._built_on: list[mx.array] = []
         self._index: mx.array | None = None
 
@@ -323,26 +329,57 @@ class RowCache:
         """
         inside, update = self._make_room(active)
         with self.sound():
+            began = time.perf_counter()
             waiting = self._begun(active)
-            if update.load_rows.size:
-                waiting += self._read(update.load_rows, update.load_slots)
-            if waiting:
-                began = time.perf_counter()
-                self._reader.wait(waiting)
-                self.wait_seconds += time.perf_counter() - began
+            rows, slots = update.load_rows, update.load_slots
+            if rows.size and not waiting:
+                self._reader.read(self.layer, rows, slots, self.memory.views)
+            elif rows.size:
+                waiting += self._read(rows, slots)
+            self._reader.wait(waiting)
+            self.wait_seconds += time.perf_counter() - began
         self.misses += int(update.load_rows.size)
         return inside
+
+    def begin(self, active: np.ndarray) -> np.ndarray:
+        """Begin to fetch active rows, no more than there are slots, and return while they come.
+
+        Until ``finish`` those that are returned may not be computed from, the others may.
+        """
+        _, update = self._make_room(active)
+        self.misses += int(update.load_rows.size)
+        with self.sound():
+            foretold = [
+                row
+                for row in self._pending.keys() & set(active.tolist())
+                if not all(read.done() for read in self._pending[row])
+            ]
+            self._coming += self._begun(active)
+            if update.load_rows.size:
+                self._coming += self._read(update.load_rows, update.load_slots)
+        return np.append(update.load_rows, np.array(foretold, np.int64))
+
+    def finish(self) -> None:
+        """Wait for what was begun; raises like ``fetch``."""
+        with self.sound():
+            began = time.perf_counter()
+            self._reader.wait(self._coming)
+            self._coming.clear()
+            self.wait_seconds += time.perf_counter() - began
 
     def foretell(self, rows: np.ndarray) -> None:
         """Begin to read rows (sorted, distinct) that may be needed soon, behind what is needed now.
 
-        They take slots as active rows do; those that are never asked for leave as any other.
+        They take slots as active rows do; those that are never asked for leave as any other. A
+        window has room for the rows of the last tokens only: nothing is read ahead there.
         """
+        if self.is_window:
+            return
         rows = rows[: self.table.capacity]
         missing = rows[self.table.slot_of[rows] < 0]
         self.foretold += int(missing.size)
         self._foretold = set(missing.tolist())
-        if not missing.size or self.is_window:
+        if not missing.size:
             return
         update = self._change(rows)
         with self.sound():
@@ -426,6 +463,8 @@ class RowCache:
         except BaseException:
             self._reader.drop([read for reads in self._pending.values() for read in reads])
             self._pending.clear()
+            self._reader.drop(self._coming)
+            self._coming.clear()
             self._foretold.clear()
             self.table = SlotTable(self.table.rows, self.table.capacity)
             self._built_on.clear()

@@ -219,16 +219,24 @@ class HFCheckpoint:
         def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
             return path not in rows and (own is None or own(path, module))
 
-        model, config = utils.quantize_model(
-            model,
-            {k: v for k, v in self.config.items() if k not in QUANTIZATION_KEYS},
-            asked.group_size,
-            asked.bits,
-            mode=asked.mode,
-            quant_predicate=choose,
-        )
+        config = {k: v for k, v in self.config.items() if k not in QUANTIZATION_KEYS}
+        group, bits, mode = asked.group_size, asked.bits, asked.mode
+        try:
+            model, config = utils.quantize_model(
+                model, config, group, bits, mode=mode, quant_predicate=choose
+            )
+        except (ValueError, TypeError) as error:  # of modules that mlx-lm cannot quantise so
+            raise ModelError(
+                f"mlx-lm cannot quantise this {self.config['model_type']} model to {asked}: {error}"
+            ) from error
         self._set_quantization(config["quantization"])
-        return dict(tree_flatten(model.parameters()))
+        weights = dict(tree_flatten(model.parameters()))
+        if not rows and not any(name.endswith(".scales") for name in weights):
+            raise ModelError(
+                f"nothing can be quantised to {asked}: no matrix has rows of whole groups; choose "
+                "a smaller --q-group-size, or leave -q out"
+            )
+        return weights
 
     def _set_quantization(self, quantization: dict[str, Any] | None) -> None:
         """Put mlx-lm's dict, and nothing else about quantisation, into the config."""

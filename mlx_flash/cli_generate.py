@@ -71,6 +71,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     directory = ModelDirectory(args.model)
     from .loader import load_model, load_tokenizer
+    from .pagers import slow_back_end
 
     tokenizer = load_tokenizer(directory)
     prompt = _prompt_tokens(args, tokenizer)
@@ -93,6 +94,8 @@ def run_generate(args: argparse.Namespace) -> int:
         window=DEFAULT_WINDOW if args.window is None else args.window,
         lookahead=args.lookahead,
     )
+    if note := slow_back_end(directory):
+        print(f"mlx_flash: note: {note}", file=sys.stderr)
     result = _stream(args, model, tokenizer, prompt)
     _summary(result)
     if args.stats:

@@ -109,7 +109,7 @@ class ModelDirectory:
             packing = flash["quantization"]
             self.scheme: Scheme | None = scheme(packing) if packing else None
             self._config_sha256: str = flash["config_sha256"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
             raise ModelError(
                 f"the flash object in {self.path / 'config.json'} makes no sense ({error!r}); "
                 "convert the model again"

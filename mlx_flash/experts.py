@@ -103,15 +103,42 @@ class FlashSwitch(nn.Module):
         if wanted.size > self._cache.table.capacity:
             y = self._in_rounds(x, chosen, wanted, args, kwargs)
         else:
-            self._cache.fetch(wanted)
-            bind_arrays(self.switch, self._cache.memory.arrays)
-            slots = self._cache.table.slot_of[chosen].astype(np.uint32)
-            y = self.switch(x, mx.array(slots), *args, **kwargs)
+            y = self._from_slots(x, chosen, wanted, args, kwargs)
             self._cache.built(y)
             mx.async_eval(y)
         if guess is not None and self._ahead:
             self._ahead.cache.foretell(np.unique(np.array(guess, copy=False)))
         return y
+
+    def _from_slots(
+        self, x: mx.array, chosen: np.ndarray, wanted: np.ndarray, args: Any, kwargs: Any
+    ) -> mx.array:
+        """Of few tokens, what slots hold is computed while the rest is read."""
+        cache = self._cache
+        coming = cache.begin(wanted)
+        bind_arrays(self.switch, cache.memory.arrays)
+        slots = cache.table.slot_of[chosen].astype(np.uint32)
+        late = np.isin(chosen, coming)
+        few = chosen.size <= FEW * chosen.shape[-1]
+        if not few or late.all() or not late.any():
+            cache.finish()
+            return self.switch(x, mx.array(slots), *args, **kwargs)
+        with cache.sound():
+            here = self._of_pairs(x, slots, ~late, args, kwargs)
+            mx.async_eval(here)
+            cache.finish()
+        rest = self._of_pairs(x, slots, late, args, kwargs)
+        order = np.concatenate([np.flatnonzero(~late), np.flatnonzero(late)])
+        return _in_order([here, rest], order, chosen.shape)
+
+    def _of_pairs(
+        self, x: mx.array, slots: np.ndarray, mask: np.ndarray, args: Any, kwargs: Any
+    ) -> mx.array:
+        """What some of the tokens' experts make of them, [n, width]."""
+        tokens = x.reshape(-1, x.shape[-1])
+        token = np.flatnonzero(mask) // slots.shape[-1]
+        index = mx.array(slots[mask][:, None])
+        return self.switch(tokens[mx.array(token)], index, *args, **kwargs).squeeze(-2)
 
     def _in_rounds(
         self, x: mx.array, chosen: np.ndarray, wanted: np.ndarray, args: Any, kwargs: Any
@@ -127,6 +154,10 @@ class FlashSwitch(nn.Module):
             self._stream.built(y)
             outputs.append(y.squeeze(-2))
             order.append(token * pairs.shape[1] + choice)
-        back = np.argsort(np.concatenate(order), kind="stable")
-        y = mx.concatenate(outputs)[mx.array(back)]
-        return y.reshape(*chosen.shape, y.shape[-1])
+        return _in_order(outputs, np.concatenate(order), chosen.shape)
+
+
+def _in_order(outputs: list[mx.array], order: np.ndarray, shape: tuple[int, ...]) -> mx.array:
+    """Outputs [n, width], together one for each number of ``shape``, which ``order`` tells."""
+    y = mx.concatenate(outputs)[mx.array(np.argsort(order, kind="stable"))]
+    return y.reshape(*shape, y.shape[-1])

@@ -99,6 +99,11 @@ class Flash:
         self._lock = threading.Lock()
 
     @property
+    def ffns(self) -> list[tuple[str, nn.Module]]:
+        """(path, mlx-lm's module) of every layer of the row file."""
+        return self.pager.found
+
+    @property
     def stream(self) -> LayerStream | None:
         """What streams whole layers, where any are."""
         return self.pager.stream
@@ -154,7 +159,7 @@ class Flash:
         """
         weights = dict(resident)
         left_out = set()
-        for i, (path, _) in enumerate(self.pager.found):
+        for i, (path, _) in enumerate(self.ffns):
             kept = i in self.plan.kept
             found = self.pager.kept(i) if kept else self.pager.missing(i)
             found = {f"{path}.{name}": weight for name, weight in found.items()}

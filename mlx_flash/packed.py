@@ -31,6 +31,10 @@ class Scheme:
                 f"quantisation mode {self.mode!r}; expected one of {', '.join(DEFAULTS)}"
             )
         try:  # nothing is computed: MLX looks at the arguments first
+            if type(self.bits) is not int or type(self.group_size) is not int:
+                raise TypeError("expected whole numbers")
+            if self.bits < 1 or self.group_size < 1:  # MLX divides by them
+                raise ValueError("expected numbers from 1 on")
             mx.quantize(mx.zeros((1, 128)), self.group_size, self.bits, mode=self.mode)
         except (ValueError, TypeError) as error:
             raise ModelError(
@@ -136,4 +140,8 @@ def request(bits: int | None, group_size: int | None, mode: str = "affine") -> S
     if mode not in DEFAULTS:
         raise ModelError(f"quantisation mode {mode!r}; expected one of {', '.join(DEFAULTS)}")
     default_bits, default_group = DEFAULTS[mode]
-    return Scheme(bits or default_bits, group_size or default_group, mode)
+    return Scheme(
+        default_bits if bits is None else bits,
+        default_group if group_size is None else group_size,
+        mode,
+    )

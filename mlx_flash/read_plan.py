@@ -63,10 +63,11 @@ def cut(request: Request, begin: int, end: int, nbytes: int, grain: int) -> list
     """Bytes ``begin`` to ``end`` of a request's single row, in about equal pieces.
 
     Args:
-        nbytes: a piece is at most this long.
+        nbytes: a piece is at most this long, or one grain.
         grain: pieces begin at multiples of this.
     """
-    count = -(-(end - begin) // max(grain, nbytes))
+    most = max(grain, nbytes // grain * grain)
+    count = -(-(end - begin) // most)
     step = -(-(end - begin) // (count * grain)) * grain
     ends = [*range(begin + step, end, step), end]
     return [

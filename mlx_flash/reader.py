@@ -1,9 +1,10 @@
 """Reads rows from flash straight into the caller's memory, many requests at a time.
 
-``RowReader`` carries out what ``read_plan`` makes of row numbers, on a pool of threads with direct
-I/O (LLM in a flash, section 4.1: at least 32 KiB a request, 32 threads, no page cache). A few rows
-at a time are scattered over their slots by one ``preadv``, where the layout allows it. A long run
-of rows goes through one of a few staging buffers on huge pages and is copied from there: on the
+``RowReader`` carries out what ``read_plan`` makes of row numbers, with direct I/O (LLM in a flash,
+section 4.1: at least 32 KiB a request, 32 threads, no page cache). A few rows at a time are
+scattered over their slots by one request, where the layout allows it; where Linux has asynchronous
+reads, one thread hands all of these to the kernel, elsewhere a pool of threads reads them. A long
+run of rows goes through one of a few staging buffers on huge pages and is copied from there: on the
 Linux disk measured, 1 MiB into pages that lie together came at 2.2 to 2.5 GB/s, into ordinary pages
 or scattered in 4 KiB pieces at 0.9.
 
@@ -13,26 +14,27 @@ Knows: file, offsets, slots. Does not know: which rows are wanted or why, MLX, m
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import math
 import mmap
 import os
 import queue
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, Self
 
 import numpy as np
 
+from . import aio, scatter
+from .direct_io import open_direct
 from .errors import DamagedError, ReadError
+from .huge_pages import HUGE_PAGE
 from .layout import PAGE, RowLayout
+from .prepared import PreparedRead, iovec, prepare, where
 from .read_plan import Request, as_slice, cut, plan
 from .rows import RowFile
 
@@ -42,15 +44,14 @@ GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another re
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
 BEHIND = 2  # requests under way that nobody waits for yet
-HUGE_PAGE = 2 << 20
-REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # how file systems say that they have no direct I/O
 
 
 @dataclass
 class ReadStats:
     """What was read since the reader was made. Bytes are bytes asked of the file system.
 
-    ``read_seconds`` is the time during which at least one request was under way.
+    ``read_seconds`` is the time during which at least one request was under way, as seen by the
+    threads that read: until one of them knows that it is over, which is not when somebody asks.
     """
 
     requests: int = 0
@@ -63,83 +64,21 @@ class ReadStats:
         return type(self)(**{**diff, "direct": self.direct})
 
 
-def open_direct(
-    path: os.PathLike[str], platform: str = sys.platform, grain: int = PAGE
-) -> tuple[int, bool]:
-    """Open for reading past the page cache: (descriptor, whether the file system agreed).
-
-    Args:
-        path: file to open.
-        platform: a seam for tests: macOS has F_NOCACHE, Linux O_DIRECT.
-        grain: offsets, lengths and addresses of the reads to come are multiples of this.
-    """
-    if platform == "darwin":
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.fcntl(fd, getattr(fcntl, "F_NOCACHE", 48), 1)
-        except OSError:
-            return fd, False
-        return fd, True
-    flag = getattr(os, "O_DIRECT", 0)
-    try:
-        fd = os.open(path, os.O_RDONLY | flag)
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        return os.open(path, os.O_RDONLY), False
-    try:
-        if flag and _direct_read_works(fd, grain):
-            return fd, True
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
-    return os.open(path, os.O_RDONLY), False
-
-
-def _direct_read_works(fd: int, grain: int) -> bool:
-    """Some file systems take the flag and then refuse the reads, or those of small grain."""
-    with mmap.mmap(-1, 2 * grain) as memory, memoryview(memory)[grain:] as odd:
-        try:
-            os.preadv(fd, [odd], grain)
-        except OSError as error:
-            if error.errno in REFUSALS:
-                return False
-            raise
-    return True
-
-
-@dataclass
-class PreparedRead:
-    """Requests of one set of rows into one set of slots, ready to be issued again and again.
-
-    Of each row the bytes from ``first`` to ``last`` are read. ``pieces`` says where those go, piece
-    by piece: so many bytes each, into a part's memory (slot after slot) or, with None, nowhere.
-    """
-
-    layout: RowLayout
-    rows: np.ndarray
-    slots: np.ndarray
-    out: Sequence[np.ndarray | None]
-    pieces: list[tuple[memoryview | None, int]]
-    scattered: list[Request]
-    staged: list[Request]
-    first: int
-    last: int
-
-
 class RowReader:
     """Reads rows of a row file into slot memory.
 
     Args:
         file: the row file.
-        threads: reads under way at a time; of long runs at most ``STAGING_BUFFERS``.
+        threads: reads under way at a time; of long runs at most ``STAGING_BUFFERS``, of
+            asynchronous ones ``aio.DEPTH`` of what was submitted at once.
         request_bytes: a request is at most this long (or one row, where a row is longer and cannot
             be scattered).
         gap_bytes: unwanted bytes read along to join two requests.
         direct: False reads through the page cache.
+        engine: how scattered requests are read, "aio" or "threads"; None for aio where the system
+            allows it and the file is read past the page cache.
 
-    Raises ReadError when the file cannot be opened.
+    Raises ReadError when the file cannot be opened, ValueError when the engine is not to be had.
     """
 
     def __init__(
@@ -150,6 +89,7 @@ class RowReader:
         request_bytes: int = REQUEST_BYTES,
         gap_bytes: int = GAP_BYTES,
         direct: bool = True,
+        engine: str | None = None,
     ) -> None:
         self.file = file
         self.request_bytes, self.gap_bytes = request_bytes, gap_bytes
@@ -165,8 +105,7 @@ class RowReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
         # No more threads than buffers: threads that wait for one only cost time.
         self._bulk = ThreadPoolExecutor(self.bulk_threads, thread_name_prefix="mlx_flash-bulk-read")
-        self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)
+        self._lock, self._under_way = threading.Condition(), 0
         self._needed = 0  # of the requests under way, those that somebody waits for
         self._behind = ThreadPoolExecutor(BEHIND, thread_name_prefix="mlx_flash-read-behind")
         self._fd = self._buffered_fd = -1
@@ -175,12 +114,25 @@ class RowReader:
             self._fd = self._buffered_fd = os.open(file.path, os.O_RDONLY)
             if direct:
                 self._fd, self.direct = open_direct(file.path, grain=self._grain)
+            self.engine = self._choose(engine)
         except OSError as error:
             self.close()
             raise ReadError(error.errno, f"opening {file.path}: {error.strerror}") from error
+        except ValueError:
+            self.close()
+            raise
         self._stats = ReadStats(direct=self.direct)
-        self._under_way = 0
         self._since = 0.0
+
+    def _choose(self, engine: str | None) -> str:
+        if engine not in (None, "aio", "threads"):
+            raise ValueError(f'engine must be "aio", "threads" or None, got {engine!r}')
+        if engine == "threads":
+            return engine
+        missing = aio.why_not() if self.direct else "it is not read past the page cache"
+        if missing and engine:
+            raise ValueError(f"no asynchronous reads of {self.file.path}: {missing}")
+        return "threads" if missing else "aio"
 
     @property
     def overhead_bytes(self) -> int:
@@ -228,57 +180,25 @@ class RowReader:
         out: Sequence[np.ndarray | None],
         layer: int = 0,
     ) -> PreparedRead:
-        """Plan a read of ``rows`` (sorted) so that row ``rows[i]`` lands in slot ``slots[i]``.
+        """Plan a read of ``rows`` so that row ``rows[i]`` lands in slot ``slots[i]``.
 
         Args:
-            rows: int array [n], strictly increasing.
-            slots: int array [n], distinct.
-            out: for each part a uint8 array [capacity, extent of the part]; for direct scattering
-                its memory starts on a sector. What a slot holds between and behind the numbers
-                of a part is then the padding in the file. None for a part that is not wanted;
-                where the layout scatters it is not read, if it is the first or the last.
+            rows, slots, out: see ``prepared.prepare``.
             layer: any layer with the layout of those that it will be used for.
         """
         layout = self.file.layers[layer].layout
-        held = []
-        for part, extent, array in zip(layout.parts, layout.extents, out, strict=True):
-            if array is None:
-                continue
-            held.append(array)
-            plain = array.dtype == np.uint8 and array.flags.carray
-            if not plain or array.shape[1:] != (extent,):
-                raise ValueError(
-                    f"memory for part {part.name} is {array.dtype} {array.shape}, "
-                    f"expected writable uint8 [capacity, {extent}] without gaps"
-                )
-            if layout.scatters and self.direct and array.ctypes.data % self._grain:
-                raise ValueError(f"memory for part {part.name} does not start on a sector")
-        if not held:
-            raise ValueError("no part of the rows is wanted")
+        grain = self._grain if self.direct else 1
+        read = prepare(layout, rows, slots, out, grain)
+        if self._in_pieces(layout):
+            for request in plan(rows, max_rows=1):
+                pieces = cut(request, read.first, read.last, self.request_bytes, self._grain)
+                read.scattered.extend(pieces)
+            return read
         gap = self.gap_bytes // layout.stride
-        requests = plan(rows, max_rows=self.max_rows(layout), gap=gap)
-        capacity = min(map(len, held))
-        if slots.shape != rows.shape or bool(((slots < 0) | (slots >= capacity)).any()):
-            raise ValueError(f"slots for {rows.size} rows must be as many, from 0 to {capacity}")
-        first, last = _span(layout, out)
-        pieces: list[tuple[memoryview | None, int]] = []
-        offset = 0
-        for array, extent in zip(out, layout.extents, strict=True):
-            if first <= offset < last:
-                flat = None if array is None else memoryview(array.reshape(-1))
-                pieces.append((flat, extent))
-            offset += extent
-        if last > offset:
-            pieces.append((None, last - offset))
-        scattered: list[Request] = []
-        staged: list[Request] = []
-        for request in requests:
+        for request in plan(rows, max_rows=self.max_rows(layout), gap=gap):
             few = layout.scatters and request.stop - request.start <= SCATTER_ROWS
-            if self._in_pieces(layout):
-                scattered += cut(request, first, last, self.request_bytes, self._grain)
-            else:
-                (scattered if few else staged).append(request)
-        return PreparedRead(layout, rows, slots, out, pieces, scattered, staged, first, last)
+            (read.scattered if few else read.staged).append(request)
+        return read
 
     def submit(self, layer: int, read: PreparedRead, behind: bool = False) -> list[Future[None]]:
         """Start a prepared read on one layer; the rows are there when every future is done.
@@ -292,17 +212,17 @@ class RowReader:
             raise ValueError(f"the read was prepared for rows of another layout than layer {layer}")
         if read.rows.size and int(read.rows[-1]) >= extent.rows:
             raise ValueError(f"row {int(read.rows[-1])} of layer {layer}, it has {extent.rows}")
+        if behind:
+            return self._submit_behind(layer, extent.offset, read)
         # Handing a request to a thread costs as much as half a read of 16 KiB: each thread is asked
         # once, begins with a request of its own and goes on with what is left of the rest.
-        if behind:
-            return [
-                self._behind.submit(self._run_behind, layer, extent.offset, read, [request], staged)
-                for staged, requests in ((True, read.staged), (False, read.scattered))
-                for request in requests
-            ]
-        first, rest = read.scattered[: self.threads], iter(read.scattered[self.threads :])
+        at_once = self._at_once(read)
+        each = [] if at_once else read.scattered
+        first, rest = each[: self.threads], iter(each[self.threads :])
         futures: list[Future[None]] = []
         try:
+            if at_once:
+                futures.append(self._pool.submit(self._run_at_once, layer, extent.offset, read))
             for request in read.staged:
                 futures.append(
                     self._bulk.submit(self._run, layer, extent.offset, read, [request], True)
@@ -312,6 +232,19 @@ class RowReader:
                 futures.append(
                     self._pool.submit(self._run, layer, extent.offset, read, requests, False)
                 )
+        except BaseException:
+            self.drop(futures)
+            self._check_open()
+            raise
+        return futures
+
+    def _submit_behind(self, layer: int, base: int, read: PreparedRead) -> list[Future[None]]:
+        futures: list[Future[None]] = []
+        try:
+            for staged, requests in ((True, read.staged), (False, read.scattered)):
+                for request in requests:
+                    args = layer, base, read, [request], staged
+                    futures.append(self._behind.submit(self._run_behind, *args))
         except BaseException:
             self.drop(futures)
             self._check_open()
@@ -342,16 +275,31 @@ class RowReader:
 
         Raises ReadError when the disk fails, DamagedError when the file was cut.
         """
-        self.wait(self.submit(layer, self.prepare(rows, slots, out, layer)))
+        read = self.prepare(rows, slots, out, layer)
+        here = self._at_once(read)
+        futures = self.submit(layer, replace(read, scattered=[]) if here else read)
+        if here:  # waking another thread for it, and being woken, costs as much as many requests
+            try:
+                self._run_at_once(layer, self.file.layers[layer].offset, read)
+            except BaseException:
+                self.drop(futures)
+                raise
+        self.wait(futures)
+
+    def _at_once(self, read: PreparedRead) -> bool:
+        """Whether the scattered requests are read asynchronously: they are many and small."""
+        return self.engine == "aio" and bool(read.scattered) and not self._in_pieces(read.layout)
 
     def close(self) -> None:
         """Wait for requests under way, fail those that have not begun, let go of the file."""
         # Not by cancel_futures: whoever waits for futures dropped that way waits for ever.
         self._open = False
-        with self._quiet:
-            self._quiet.notify_all()
+        with self._lock:
+            self._lock.notify_all()
         for pool in (self._pool, self._bulk, self._behind):
             pool.shutdown(wait=True)
+        with self._lock:  # whoever reads in a thread of its own
+            self._lock.wait_for(lambda: not self._under_way)
         for fd in {self._fd, self._buffered_fd} - {-1}:
             os.close(fd)
         self._fd = self._buffered_fd = -1
@@ -360,36 +308,9 @@ class RowReader:
         if not self._open:
             raise ValueError(f"the reader of {self.file.path} is closed") from None
 
-    def _iovec(self, read: PreparedRead, request: Request) -> list[memoryview]:
-        """Where the bytes of a request go, in the order of the file."""
-        stride, sink = read.layout.stride, self._sink
-        found: list[memoryview] = []
-        at = request.start
-        for i in range(request.first, request.last):
-            if found:
-                if between := stride - (read.last - read.first):
-                    found.append(sink[:between])
-                found += [sink[:stride]] * (int(read.rows[i]) - at)
-            slot = int(read.slots[i])
-            for memory, nbytes in read.pieces:
-                begin = slot * nbytes
-                found.append(sink[:nbytes] if memory is None else memory[begin : begin + nbytes])
-            at = int(read.rows[i]) + 1
-        if request.end:
-            return _between(found, request.begin - read.first, request.end - read.first)
-        return found
-
-    def _where(self, base: int, read: PreparedRead, request: Request) -> tuple[int, int]:
-        """Offset in the file and length of a request."""
-        begin, end = request.begin, request.end
-        if not end:
-            begin = read.first
-            end = (request.stop - request.start - 1) * read.layout.stride + read.last
-        return base + request.start * read.layout.stride + begin, end - begin
-
     def _run_behind(self, *args: Any) -> None:
-        with self._quiet:
-            self._quiet.wait_for(lambda: not self._needed or not self._open)
+        with self._lock:
+            self._lock.wait_for(lambda: not self._needed or not self._open)
         self._run(*args, needed=False)
 
     def _run(
@@ -407,17 +328,41 @@ class RowReader:
         try:
             for request in requests:
                 self._check_open()
-                offset, nbytes = self._where(base, read, request)
+                offset, nbytes = where(base, read, request)
                 count, total = count + 1, total + nbytes
                 if staged:
                     self._read_staged(layer, read, request, offset, nbytes)
                 else:
-                    self._preadv(self._iovec(read, request), offset, nbytes, layer)
+                    self._preadv(iovec(read, request, self._sink), offset, nbytes, layer)
         except BaseException:
             deque(requests, maxlen=0)  # nobody goes on with the rest
             raise
         finally:
             self._leave(count, total, needed)
+
+    def _run_at_once(self, layer: int, base: int, read: PreparedRead) -> None:
+        """Carry all scattered requests out together; what did not come whole is read on here."""
+        stride = read.layout.stride
+        requests = scatter.as_array(read.scattered)
+        offsets = base + requests["start"] * stride + read.first
+        nbytes = (requests["stop"] - requests["start"] - 1) * stride + read.last - read.first
+        memory, firsts = scatter.vectors(
+            requests, read.rows, read.slots, read.pieces, stride, self._sink
+        )
+        begun = np.zeros(offsets.size, bool)
+        self._enter(True)
+        try:
+            got = aio.read(self._fd, offsets, memory, firsts, stop=lambda: not self._open)
+            begun = got != aio.NOT_BEGUN
+            for i in np.flatnonzero(got != nbytes).tolist():
+                if not begun[i]:
+                    self._check_open()
+                begun[i] = True
+                buffers = iovec(read, read.scattered[i], self._sink)
+                done = max(0, int(got[i]))
+                self._preadv(buffers, int(offsets[i]), int(nbytes[i]), layer, done)
+        finally:
+            self._leave(int(begun.sum()), int(nbytes[begun].sum()), True)
 
     def _read_staged(
         self, layer: int, read: PreparedRead, request: Request, offset: int, nbytes: int
@@ -437,11 +382,14 @@ class RowReader:
         finally:
             self._staging.put(staging)
 
-    def _preadv(self, buffers: list[memoryview], offset: int, nbytes: int, layer: int) -> None:
+    def _preadv(
+        self, buffers: list[memoryview], offset: int, nbytes: int, layer: int, done: int = 0
+    ) -> None:
         """Read until ``nbytes`` are there; a short read is continued where it stopped."""
-        fd, done = self._fd, 0
         while done < nbytes:
             at = offset + done
+            # Direct I/O cannot begin inside a sector.
+            fd = self._buffered_fd if done % self._grain else self._fd
             try:
                 got = os.preadv(fd, _after(buffers, done), at)
             except InterruptedError:
@@ -458,8 +406,6 @@ class RowReader:
                     f"{self._row(layer, at)}; it was cut while in use"
                 )
             done += got
-            if done % self._grain:
-                fd = self._buffered_fd  # direct I/O cannot begin inside a sector
 
     def _row(self, layer: int, offset: int) -> int:
         extent = self.file.layers[layer]
@@ -476,23 +422,12 @@ class RowReader:
         with self._lock:
             self._under_way -= 1
             self._needed -= needed
-            if not self._needed:
-                self._quiet.notify_all()
             self._stats.requests += requests
             self._stats.bytes_read += nbytes
             if self._under_way == 0:
                 self._stats.read_seconds += time.perf_counter() - self._since
-
-
-def _span(layout: RowLayout, out: Sequence[np.ndarray | None]) -> tuple[int, int]:
-    """From which to which byte of a row the wanted parts lie."""
-    if not layout.scatters:
-        return 0, layout.stride
-    wanted = [i for i, array in enumerate(out) if array is not None]
-    extents = layout.extents
-    if wanted[-1] == len(out) - 1:  # padding behind the last part lets requests be joined
-        return sum(extents[: wanted[0]]), layout.stride
-    return sum(extents[: wanted[0]]), sum(extents[: wanted[-1] + 1])
+            if not self._needed:
+                self._lock.notify_all()
 
 
 def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
@@ -508,16 +443,6 @@ def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
-
-
-def _between(buffers: list[memoryview], begin: int, end: int) -> list[memoryview]:
-    """Bytes ``begin`` to ``end`` of what the buffers are together."""
-    found = []
-    for buffer in buffers:
-        if part := buffer[max(begin, 0) : max(end, 0)]:
-            found.append(part)
-        begin, end = begin - len(buffer), end - len(buffer)
-    return found
 
 
 def _after(buffers: list[memoryview], done: int) -> list[memoryview]:

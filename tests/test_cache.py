@@ -9,6 +9,7 @@ from contextlib import closing
 import mlx.core as mx
 import numpy as np
 import pytest
+from fake_kernel import FakeKernel, use
 from test_rows import make
 
 from mlx_flash import cache as module
@@ -554,6 +555,7 @@ def test_a_failed_read_leaves_an_empty_cache(opened, monkeypatch):
     rows = cache.rows()
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail)
+        use(patch, FakeKernel())
         with pytest.raises(ReadError, match="layer 1, row 7"):
             cache.fetch(rows_of(2, 7))
     assert (cache.hits, cache.misses) == (1, 3)
@@ -586,6 +588,39 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     assert not cache.rows().size
     cache.fetch(rows_of(2, 4))  # what failed is not tried for ever
     assert cache.rows().tolist() == [2, 4]
+    assert_slots_hold(cache, dense)
+
+
+def test_what_is_there_can_be_used_while_the_rest_comes(opened, monkeypatch):
+    reader, dense = opened
+    cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
+    cache.fetch(rows_of(1, 2, 3))
+    submit, begun = reader.submit, []
+    monkeypatch.setattr(reader, "submit", lambda *args: begun.append(args) or [])
+    assert sorted(cache.begin(rows_of(2, 3, 7, 9)).tolist()) == [7, 9]
+    cache.finish()
+    monkeypatch.undo()
+    reader.wait(submit(*begun[0]))
+    assert (cache.hits, cache.misses) == (2, 5)
+    assert_slots_hold(cache, dense)
+    cache.foretell(rows_of(20, 21))
+    assert set(cache.begin(rows_of(1, 20)).tolist()) <= {20}  # unless it has come already
+    cache.finish()
+    assert not cache.begin(rows_of(1, 20)).size
+    cache.finish()
+    cache.fetch(rows_of(21))
+    assert_slots_hold(cache, dense)
+
+
+def test_failure_between_begin_and_finish_leaves_an_empty_cache(opened):
+    reader, dense = opened
+    cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
+    with pytest.raises(MemoryError), cache.sound():
+        cache.begin(rows_of(1, 2))
+        raise MemoryError
+    assert not cache.rows().size
+    cache.begin(rows_of(4))
+    cache.finish()
     assert_slots_hold(cache, dense)
 
 

@@ -13,11 +13,12 @@ from mlx_lm import utils
 from tiny import make_checkpoint
 
 from mlx_flash import cli
-from mlx_flash.checkpoint import HFCheckpoint, open_checkpoint
+from mlx_flash.checkpoint import HFCheckpoint, Packing, open_checkpoint
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import DamagedError, FlashError, ModelError
 from mlx_flash.families import FAMILIES
+from mlx_flash.mixtures import MIXTURES
 
 
 def refused(source, tmp_path, capsys, code=2, **options):
@@ -154,7 +155,7 @@ def test_letters_of_gguf(tmp_path, capsys):
 
 def test_unknown_dtype(source):
     with pytest.raises(ModelError, match="'int8' is not one of float16, bfloat16, float32"):
-        open_checkpoint(source, "int8")
+        open_checkpoint(source, Packing("int8"))
 
 
 # config.json
@@ -184,7 +185,7 @@ def test_config_is_no_config(source, tmp_path, capsys, text, expected):
     assert str(source / "config.json") in message
 
 
-@pytest.mark.parametrize("model_type", [..., None, "gpt5", "mixtral", 7, ["llama"], {"a": 1}])
+@pytest.mark.parametrize("model_type", [..., None, "gpt5", "mixtral9", 7, ["llama"], {"a": 1}])
 def test_unknown_family(source, tmp_path, capsys, model_type):
     edit_config(source, model_type=model_type)
     message = refused(source, tmp_path, capsys)
@@ -192,6 +193,16 @@ def test_unknown_family(source, tmp_path, capsys, model_type):
     if not isinstance(model_type, list | dict):
         assert f"model_type {None if model_type is ... else model_type!r}" in message
         assert all(family in message for family in FAMILIES)
+        assert all(family in message for family in MIXTURES)
+
+
+def test_family_of_other_tensors(source, tmp_path, capsys):
+    """Known, and a mixture, but the tensors are a dense model's."""
+    edit_config(source, model_type="mixtral")
+    message = refused(source, tmp_path, capsys)
+    assert f"the tensors of {source} do not fit config.json" in message
+    assert "missing: model.layers.0.block_sparse_moe" in message
+    assert "not expected: model.layers.0.mlp.gate_proj.weight" in message
 
 
 @pytest.mark.parametrize(
@@ -202,9 +213,18 @@ def test_unknown_family(source, tmp_path, capsys, model_type):
         ({"text_config": "none"}, "makes no sense"),
         ({"flash": {}}, "is a model directory already"),
         ({"model_file": "my_model.py"}, "brings its own code (my_model.py)"),
-        ({"quantization": {"bits": 4, "group_size": 64}}, "is quantised (quantization in config"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised (quantization_config"),
-        ({"text_config": {"quantization_config": {"a": 1}}}, "is quantised"),
+        (
+            {"quantization": {"bits": 4, "group_size": 64}},
+            "config.json says 4 bits in groups of 64 (affine), but no tensor is quantised",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantised by 'fp8' (quantization_config in config.json), which is not read",
+        ),
+        (
+            {"text_config": {"quantization_config": {"a": 1}}},
+            "quantised by None (quantization_config in config.json), which is not read",
+        ),
     ],
 )
 def test_config_that_is_refused(source, tmp_path, capsys, changes, expected):

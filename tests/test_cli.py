@@ -464,7 +464,7 @@ def test_direct_refused(model, source, generate, monkeypatch, steady):
 
     monkeypatch.setattr("mlx_flash.reader.os.open", refuse)
     if not flag:
-        monkeypatch.setattr("mlx_flash.reader.fcntl.fcntl", lambda *_: 1 / 0)
+        monkeypatch.setattr("mlx_flash.direct_io.fcntl.fcntl", lambda *_: 1 / 0)
     least, _ = budget(model, 16)
     stats, out = generate("--ram", least)
     assert stats["flash"]["direct"] is False
@@ -536,6 +536,8 @@ def start(*args, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=given | environment,
+        # In a background job it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

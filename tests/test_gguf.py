@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from mlx_flash import gguf_quants, gguf_tensors, gguf_tokenizer
-from mlx_flash.checkpoint import open_checkpoint
+from mlx_flash.checkpoint import Packing, open_checkpoint
 from mlx_flash.errors import DamagedError, ModelError, ReadError
 from mlx_flash.gguf_source import GGUFCheckpoint
 
@@ -730,8 +730,8 @@ def test_rows_that_are_no_whole_blocks(make):
 
 def test_open_checkpoint_passes_it_on(make):
     path = make("Q4_0")
-    assert "quantization" in open_checkpoint(path, dequantize=False).config
-    assert "quantization" not in open_checkpoint(path, dequantize=True).config
+    assert "quantization" in open_checkpoint(path, Packing(dequantize=False)).config
+    assert "quantization" not in open_checkpoint(path, Packing(dequantize=True)).config
 
 
 # ---------------------------------------------------------------- rope

@@ -16,11 +16,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fake_kernel import FakeKernel, use
 from test_rows import make
 
+from mlx_flash import aio, direct_io
 from mlx_flash import reader as module
+from mlx_flash.direct_io import open_direct
 from mlx_flash.errors import DamagedError, ReadError
-from mlx_flash.reader import ReadStats, Request, RowReader, open_direct, plan
+from mlx_flash.reader import ReadStats, Request, RowReader, plan
 from mlx_flash.rows import PAGE, Part, RowLayout
 
 NAMES = ("gate", "up", "down")
@@ -39,9 +42,32 @@ LAYOUTS = {
 ROWS = [40, 23]
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request) -> RowLayout:
-    return LAYOUTS[request.param]
+ENGINES = ["threads"] if aio.why_not() else ["threads", "aio"]
+CASES = [
+    pytest.param((layout, engine), id=name if engine == "threads" else f"{name}, {engine}")
+    for name, layout in LAYOUTS.items()
+    for engine in ENGINES
+    if layout.scatters or engine == "threads"
+]
+
+
+def choose(monkeypatch, engine: str) -> None:
+    """What readers to come use where they have direct I/O."""
+    if engine == "threads":
+        monkeypatch.setattr(aio, "why_not", lambda: "not in this test")
+
+
+@pytest.fixture(params=CASES)
+def layout(request, monkeypatch) -> RowLayout:
+    layout, engine = request.param
+    choose(monkeypatch, engine)
+    return layout
+
+
+@pytest.fixture
+def simulated(monkeypatch) -> FakeKernel:
+    """For tests with an ``os.preadv`` of their own: asynchronous reads go through it as well."""
+    return use(monkeypatch, FakeKernel())
 
 
 @pytest.fixture
@@ -299,7 +325,7 @@ def test_overhead_counts_what_the_reader_holds(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 40])
 def test_few_rows_scatter_and_long_runs_are_staged(
-    tmp_path, layout, monkeypatch, real_preadv, count
+    tmp_path, layout, simulated, monkeypatch, real_preadv, count
 ):
     """One buffer takes a staged request; a scattered one has many, straight in the slots."""
     file, layers = make(tmp_path / "rows", layout, ROWS)
@@ -336,7 +362,7 @@ def test_so_many_requests_are_under_way_at_a_time(tmp_path, monkeypatch, real_pr
         return real_preadv(fd, buffers, offset)
 
     rows, slots = np.arange(0, 3 * expected, 3), np.arange(expected)
-    with closing(RowReader(file, threads=12, gap_bytes=0)) as reader:
+    with closing(RowReader(file, threads=12, gap_bytes=0, engine="threads")) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
         out = slots_for(layout, expected)
         reader.read(0, rows, slots, out)
@@ -384,7 +410,7 @@ class StrictDisk:
         return min(got, self.most)
 
 
-def test_every_direct_read_is_of_whole_sectors(tmp_path, layout, monkeypatch):
+def test_every_direct_read_is_of_whole_sectors(tmp_path, layout, simulated, monkeypatch):
     file, layers = make(tmp_path / "rows", layout, ROWS)
     sector = PAGE if layout is LAYOUTS["scattered"] else 512
     disk = StrictDisk(monkeypatch, sector)
@@ -402,7 +428,7 @@ def test_every_direct_read_is_of_whole_sectors(tmp_path, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("most", [37, 511, 512, 1000, 4096, 5000, 12288])
-def test_short_reads_are_continued(tmp_path, layout, monkeypatch, most):
+def test_short_reads_are_continued(tmp_path, layout, simulated, monkeypatch, most):
     file, layers = make(tmp_path / "rows", layout, ROWS)
     disk = StrictDisk(monkeypatch, most=most)
     rows, slots = np.array([0, 1, 3, 6, 7, 8]), np.array([2, 0, 1, 7, 6, 5])
@@ -540,7 +566,7 @@ def test_other_errors_of_opening_are_told(tmp_path, monkeypatch, at):
         if at == "open":
             refuse_flag(patch, errno.EIO)
         else:
-            patch.setattr(module, "_direct_read_works", fail)
+            patch.setattr(direct_io, "_direct_read_works", fail)
         with pytest.raises(ReadError, match=f"opening {file.path}: Input/output") as info:
             RowReader(file)
     assert info.value.errno == errno.EIO
@@ -598,7 +624,7 @@ def test_linux_sets_o_direct(tmp_path, monkeypatch):
 # Faults
 
 
-def test_an_interrupted_read_is_tried_again(tmp_path, layout, monkeypatch, real_preadv):
+def test_an_interrupted_read_is_tried_again(tmp_path, layout, simulated, monkeypatch, real_preadv):
     file, layers = make(tmp_path / "rows", layout, ROWS)
     interrupted = []
 
@@ -616,7 +642,7 @@ def test_an_interrupted_read_is_tried_again(tmp_path, layout, monkeypatch, real_
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.ENXIO])
-def test_a_failing_disk_is_named(tmp_path, layout, monkeypatch, real_preadv, code):
+def test_a_failing_disk_is_named(tmp_path, layout, simulated, monkeypatch, real_preadv, code):
     """The second row of a request cannot be read, after its first came as a short read."""
     file, layers = make(tmp_path / "rows", layout, ROWS)
     bad = file.layers[1].offset + 6 * layout.stride
@@ -688,7 +714,7 @@ def test_a_failed_read_is_over_when_it_raises(tmp_path, monkeypatch, real_preadv
         raise KeyboardInterrupt
 
     real_wait = module.wait
-    with closing(RowReader(file, threads=2, gap_bytes=0)) as reader:
+    with closing(RowReader(file, threads=2, gap_bytes=0, engine="threads")) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
         out = slots_for(layout, 3)
         futures = reader.submit(0, reader.prepare(np.array([0, 10]), np.array([0, 1]), out))
@@ -740,7 +766,7 @@ def test_requests_that_cannot_be_queued(tmp_path, monkeypatch, real_preadv, kind
         under_way.remove(offset)
         return got
 
-    with closing(RowReader(file, threads=3, gap_bytes=0)) as reader:
+    with closing(RowReader(file, threads=3, gap_bytes=0, engine="threads")) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
         for name, pool in pools_of(reader).items():
             monkeypatch.setattr(reader, name, SmallPool(pool, keep=2))
@@ -782,7 +808,7 @@ def test_read_seconds_are_the_union_of_requests(tmp_path, monkeypatch, real_prea
         go[row].wait()
         return real_preadv(fd, buffers, offset)
 
-    with closing(RowReader(file, threads=2, gap_bytes=0)) as reader:
+    with closing(RowReader(file, threads=2, gap_bytes=0, engine="threads")) as reader:
         monkeypatch.setattr(os, "preadv", preadv)
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
         out = slots_for(layout, 3)
@@ -831,9 +857,9 @@ def test_a_closed_reader_says_so(tmp_path, layout):
     reader.close()
     reader.close()
     assert open_files() == before
-    for use in (lambda: read_all(reader), lambda: reader.submit(0, prepared)):
+    for again in (lambda: read_all(reader), lambda: reader.submit(0, prepared)):
         with pytest.raises(ValueError, match=f"reader of {file.path} is closed"):
-            use()
+            again()
     assert reader.stats().requests > 0
 
 
@@ -853,7 +879,7 @@ def test_closing_with_reads_under_way(tmp_path, monkeypatch, real_preadv, kind):
         go.set()
         shutdown(**options)
 
-    reader = RowReader(file, threads=1, gap_bytes=0)
+    reader = RowReader(file, threads=1, gap_bytes=0, engine="threads")
     monkeypatch.setattr(os, "preadv", preadv)
     for pool in pools_of(reader).values():
         monkeypatch.setattr(pool, "shutdown", functools.partial(go_on, pool.shutdown))
@@ -881,7 +907,7 @@ def test_closing_while_another_thread_waits(tmp_path, monkeypatch, real_preadv):
         go.wait()
         return real_preadv(fd, buffers, offset)
 
-    reader = RowReader(file, threads=1, gap_bytes=0)
+    reader = RowReader(file, threads=1, gap_bytes=0, engine="threads")
     monkeypatch.setattr(os, "preadv", preadv)
     futures = reader.submit(
         0, reader.prepare(np.arange(0, 20, 2), np.arange(10), slots_for(layout, 10))

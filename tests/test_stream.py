@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from fake_kernel import FakeKernel, use
 from test_rows import make
 
 from mlx_flash import stream as module
@@ -35,10 +36,11 @@ def layout(request) -> RowLayout:
 
 
 @pytest.fixture
-def opened(tmp_path, layout) -> Iterator[tuple[RowReader, list[np.ndarray]]]:
+def opened(tmp_path, layout, monkeypatch) -> Iterator[tuple[RowReader, list[np.ndarray]]]:
     """(reader, each layer's bytes)."""
     file, layers = make(tmp_path / "rows", layout, ROWS)
     request_bytes = 1 << 20 if layout is LAYOUTS["padded"] else 3 * layout.stride
+    use(monkeypatch, FakeKernel())
     with closing(RowReader(file, threads=4, request_bytes=request_bytes)) as reader:
         yield reader, layers
 

@@ -1,0 +1,37 @@
+"""Memory on huge pages, where Linux has them: reads into it are fewer, longer pieces for the disk.
+
+A direct read gives the disk the pages that it is to fill, and ordinary ones lie all over memory:
+1.4 MiB make 360 pieces, on huge pages one or two. On the disk measured (virtual, two cores) random
+reads of 0.5 to 3 MiB came at 2.0 to 3.2 GB/s into huge pages and at 0.8 to 1.3 into ordinary ones.
+
+Knows: addresses, what the kernel is asked. Does not know: who reads what.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import numpy as np
+
+HUGE_PAGE = 2 << 20
+
+
+def ask_for(memory: np.ndarray) -> bool:
+    """Let memory of zeros be on huge pages as soon as it is written to; tells whether it will.
+
+    The pages that it has are given back: what is in it is zeros after that, whatever it was. Only
+    whole huge pages inside of it change, so that nothing beside it is touched.
+
+    Args:
+        memory: bytes without gaps, private to this process (as allocators give them).
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    begin = -(-memory.ctypes.data // HUGE_PAGE) * HUGE_PAGE
+    end = (memory.ctypes.data + memory.nbytes) // HUGE_PAGE * HUGE_PAGE
+    if advice is None or end <= begin:
+        return False
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    # Without the first the second would do no harm, but be work for nothing.
+    return all(madvise(begin, end - begin, a) == 0 for a in (advice, mmap.MADV_DONTNEED))
