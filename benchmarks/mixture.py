@@ -472,7 +472,9 @@ def routing(bench: Bench) -> dict:
 def reads(bench: Bench) -> dict:
     """Decoding's own reads, alone and into its own slots, against fio's random reads in turns.
 
-    fio has ordinary pages. ``bare`` is ``os.preadv`` of the same size and depth into huge ones.
+    fio has ordinary pages, and its speed jumps by a factor of up to four between runs. ``bare`` is
+    ``os.preadv`` of the same size and depth into huge ones, never waiting for a whole layer's reads
+    as decoding has to: the stricter yardstick.
     """
     seen = bench.decode(bench.take(bench.options.tokens))
     reader, path = bench.model.flash.reader, bench.directory.rows.path

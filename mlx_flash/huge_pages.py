@@ -1,8 +1,9 @@
 """Memory on huge pages, where Linux has them: reads into it are fewer, longer pieces for the disk.
 
 A direct read gives the disk the pages that it is to fill, and ordinary ones lie all over memory:
-1.4 MiB make 360 pieces, on huge pages one or two. On the disk measured (virtual, two cores) random
-reads of 0.5 to 3 MiB came at 2.0 to 3.2 GB/s into huge pages and at 0.8 to 1.3 into ordinary ones.
+1.4 MiB make 360 pieces, on huge pages one or two. On the disk measured (virtual, two cores)
+decoding's reads of experts came at 3.0 to 3.6 GB/s into huge pages and at 2.0 to 2.1 into ordinary
+ones; with both cores busy at 2.2 to 3.4 and 0.8 to 1.0.
 
 Knows: addresses, what the kernel is asked. Does not know: who reads what.
 """

@@ -55,10 +55,11 @@ class FlashStats(ReadStats):
     """The reader's counters and the model's since loading; subtract two of them for a span.
 
     ``hits`` and ``misses`` count rows found in memory and rows that had to be read;
-    ``wait_seconds`` is the time that computing stood still for reading; ``forwards`` counts calls
-    of the model, prompt chunks included; ``foretold`` rows were read on a guess, ``useful`` of them
-    then needed. Of layers whose rows are predicted: ``predicted`` rows, in
-    ``layer_calls`` calls, ``predict_seconds`` for saying which, ``manage_seconds`` for bookkeeping.
+    ``wait_seconds`` is the time that the calling thread waited for reading, while experts in slots
+    may have been computed; ``forwards`` counts calls of the model, prompt chunks included;
+    ``foretold`` rows were read on a guess, ``useful`` of them then needed. Of layers whose rows
+    are predicted: ``predicted`` rows, in ``layer_calls`` calls, ``predict_seconds`` for saying
+    which, ``manage_seconds`` for bookkeeping.
     """
 
     wait_seconds: float = 0.0
