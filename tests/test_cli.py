@@ -27,6 +27,10 @@ PROMPT = "the brown fox and the other"
 LAYERS, ROWS = 8, 160
 FLASH = {"bytes_read", "requests", "read_seconds", "hits", "misses", "direct"}
 EXTRA_FLASH = {
+    "unit",
+    "lookahead",
+    "foretold",
+    "useful",
     "predictor",
     "exact",
     "measured",
@@ -147,6 +151,8 @@ def test_figures(model, source, generate, steady):
     assert 40_000_000 < stats["peak_footprint_bytes"] <= footprint.peak()
     # mlx-lm computes one token ahead, so the first pass of the 16 is the prompt's.
     assert flash["forwards"] == 15
+    assert (flash["unit"], flash["lookahead"]) == ("neuron", False)
+    assert (flash["foretold"], flash["useful"]) == (0, 0)
     assert (flash["kept_layers"], flash["streamed_layers"]) == (0, LAYERS)
     layer = ROWS * ModelDirectory(model).rows.layout.stride
     assert abs(flash["bytes_read"] - 15 * LAYERS * layer) <= 2 * layer
