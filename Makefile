@@ -15,9 +15,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# The same with every mixture in every type and with every number of slots: longer.
+# Every family in every type, 128 tokens with every share of layers kept or experts in slots: longer.
 test-whole: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole tests/test_experts.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole tests/test_experts.py tests/test_parity.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -5,5 +5,5 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole",
         action="store_true",
-        help="mixtures: 128 tokens in every type with every number of slots (make test-whole)",
+        help="128 tokens of every family in every type and share (make test-whole)",
     )

@@ -44,7 +44,15 @@ def page_cache(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_same_as_dense(tmp_path, page_cache, family, dtype):
+def test_same_as_dense(tmp_path, page_cache, request, family, dtype):
+    """Logits with no layer kept, 30 % and all; tokens with some kept, in float32 with none, too.
+
+    With ``--whole`` (make test-whole) tokens every time: where all are kept the modules are
+    mlx-lm's own, and so are the logits.
+    """
+    talks = {"float32": (0.0, 0.3), "bfloat16": (0.3,)}[dtype]
+    if request.config.getoption("--whole"):
+        talks = (0.0, 0.3, 1.0)
     source = make_checkpoint(tmp_path / "hf", family, dtype)
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     dense, _ = utils.load_model(source, get_model_classes=get_classes)
@@ -56,7 +64,8 @@ def test_same_as_dense(tmp_path, page_cache, family, dtype):
         model = load_model(directory, kept_share=share)
         assert len(model.flash.plan.kept) == round(share * len(directory.rows.layers))
         assert mx.array_equal(logits(model), expected), f"logits at share {share}"
-        assert greedy(model) == tokens, f"tokens at share {share}"
+        if share in talks:
+            assert greedy(model) == tokens, f"tokens at share {share}"
         assert (model.flash.stats().misses > 0) == (share < 1)
         model.flash.close()
 

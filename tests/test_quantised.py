@@ -382,9 +382,10 @@ def test_every_relu_family(tmp_path, page_cache, family, bits, group_size):  # n
         model.flash.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("affine", "float32"), ("affine", "bfloat16"), ("mxfp4", "float32")]
+)
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
 def test_trained(tmp_path, name, dtype, mode):
     """128 of 128 tokens with room for 15 % of the rows.
 
