@@ -52,7 +52,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from opt_shape import words
 
 from mlx_flash import huge_pages, loader
-from mlx_flash.cache import RowCache, SlotMemory, SlotTable
+from mlx_flash.cache import RowCache, SlotTable
 from mlx_flash.converter import convert
 from mlx_flash.direct_io import open_direct
 from mlx_flash.directory import ModelDirectory
@@ -61,6 +61,7 @@ from mlx_flash.loader import FlashStats, load_model
 from mlx_flash.policy import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.prepared import PreparedRead
 from mlx_flash.reader import RowReader, _staging_memory
+from mlx_flash.slots import SlotMemory
 from mlx_flash.stream import LayerStream
 
 FULL_LAYERS, FULL_VOCAB = 48, 151936  # of Qwen3-30B-A3B

@@ -26,9 +26,9 @@ import common
 import numpy as np
 from common import OUT
 
-from mlx_flash.cache import SlotMemory
 from mlx_flash.reader import RowReader
 from mlx_flash.rows import RowFile, RowFileWriter, RowLayout
+from mlx_flash.slots import SlotMemory
 
 WIDTH, ROWS = 4096, 16384  # of OPT-6.7B
 BLOCK = 1024

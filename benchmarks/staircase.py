@@ -43,13 +43,14 @@ from common import OUT
 from mlx_lm.models.cache import make_prompt_cache
 from opt_shape import SMALL, Shape, make, words
 
-from mlx_flash.cache import SlotMemory, SlotTable
+from mlx_flash.cache import SlotTable
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.loader import load_model
 from mlx_flash.policy import make_policy
 from mlx_flash.predictor import LowRank, Prediction, union
 from mlx_flash.reader import RowReader
 from mlx_flash.rows import Layer, RowFile, RowLayout
+from mlx_flash.slots import SlotMemory
 
 START = 20_000  # words into the novel: past what the model was made with
 WARM = 8  # tokens before any figure counts

@@ -171,6 +171,10 @@ class SparseNeeds:
         """Cached rows of each layer below which paging makes no sense."""
         return tuple(-(-rows // LEAST_SHARE) for rows in self.rows)
 
+    def least(self, needs: Needs) -> int:
+        """The smallest budget that works."""
+        return sparse_plan_of(None, needs, self, self.least_slots, needs.min_step).total
+
     def bytes_of(self, capacities: Sequence[int]) -> int:
         """Memory for so many cached rows of each layer."""
         return sum(n * size for n, size in zip(capacities, self.slots, strict=True))
@@ -282,12 +286,10 @@ def make_sparse_plan(ram: int, needs: Needs, sparse: SparseNeeds, machine: int) 
     least = sparse_plan_of(ram, needs, sparse, sparse.least_slots, needs.min_step)
     if ram < least.total:
         listed = "\n".join(f"  {n / 1e6:10.1f} MB  {label}" for label, n in least.table.items())
-        predictors, other = (
-            " with its predictors",
-            (f"; without predictors the least is {show(round_up(needs.least))}"),
-        )
-        if not any(sparse.predictors):
-            predictors = other = ""
+        predictors = other = ""
+        if any(sparse.predictors):
+            predictors = " with its predictors"
+            other = f"; without predictors the least is {show(round_up(needs.least))}"
         raise BudgetError(
             f"RAM budget {show(ram)} is too small for this model{predictors}; the least "
             f"that works is {show(round_up(least.total))}:\n{listed}\nA shorter context needs "

@@ -10,7 +10,6 @@ first (``policy``), what an FFN computes, models. The bookkeeping (``SlotTable``
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -20,145 +19,12 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from . import huge_pages
 from .errors import CacheError
-from .layout import PAGE, RowLayout
 from .policy import Policy, SlidingWindow
 from .reader import RowReader
+from .slots import SlotMemory
 
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U8": mx.uint8,
-    "U32": mx.uint32,
-}
-UNITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
-LARGEST = 2**31 - 1  # elements of an MLX array along one axis
 UNSETTLED = 64  # so many results are kept for later at most
-
-
-def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np.ndarray]:
-    """``nbytes`` of page-aligned zeros as an MLX array and a writable uint8 view of the same.
-
-    On Linux it is on huge pages, and only taken as it is written to.
-    MLX counts elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
-    """
-    count = -(-nbytes // dtype.size)
-    if count + PAGE > LARGEST:
-        raise CacheError(f"{nbytes} bytes of slots are more than one MLX array holds")
-    raw = mx.zeros((count + PAGE // dtype.size,), dtype)
-    mx.eval(raw)
-    skip = -np.array(raw, copy=False).ctypes.data % PAGE // dtype.size
-    aligned = raw[skip : skip + count]
-    mx.eval(aligned)
-    view = _bytes_of(aligned)
-    if mx.default_device().type == mx.DeviceType.cpu:  # a GPU's driver minds its own pages
-        huge_pages.ask_for(view)
-    return aligned, view
-
-
-def _bytes_of(array: mx.array) -> np.ndarray:
-    return np.array(array, copy=False).view(np.uint8)
-
-
-def slot_bytes(layout: RowLayout, parts: Sequence[str] | None = None) -> int:
-    """Memory that a slot takes for these parts of a row; None for all of them."""
-    extents = zip(layout.parts, layout.extents, strict=True)
-    return sum(extent for part, extent in extents if parts is None or part.name in parts)
-
-
-def _spans(
-    layout: RowLayout, capacity: int, parts: Sequence[str] | None
-) -> dict[str, tuple[int, int]]:
-    """Part -> from which to which byte of the memory its slots are."""
-    at, found = 0, {}
-    for part, extent in zip(layout.parts, layout.extents, strict=True):
-        if parts is None or part.name in parts:
-            start = -(-at // 4) * 4
-            found[part.name] = (start, at := start + capacity * extent)
-    return found
-
-
-def _shaped(array: mx.array, shape: tuple[int, ...], capacity: int, stride: int) -> mx.array:
-    """[capacity, *shape] over an array [capacity, stride], not copied."""
-    inner = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    shaped = mx.as_strided(array, (capacity, *shape), (stride, *inner))
-    mx.eval(shaped)
-    return shaped
-
-
-class SlotMemory:
-    """Memory for ``capacity`` rows, one array per part.
-
-    ``arrays[name]`` is an MLX array [capacity, width], ``views`` the same memory as uint8 arrays
-    [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
-    to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
-    another one, at least as large, out for fewer rows. Parts that are not among ``parts`` have no
-    memory, and None for a view. With ``exact``, arrays are [capacity, *shape of the part], which
-    stride over the padding. ``nbytes`` counts memory of its own.
-    """
-
-    def __init__(
-        self,
-        layout: RowLayout,
-        capacity: int,
-        share: SlotMemory | None = None,
-        parts: Sequence[str] | None = None,
-        exact: bool = False,
-    ) -> None:
-        self.capacity = capacity
-        spans = _spans(layout, capacity, parts)
-        nbytes = max((stop for _, stop in spans.values()), default=0)
-        if share is None:
-            self._memory, view = aligned_bytes(nbytes, mx.uint32)  # counts in 32 bits
-            self.nbytes = self._memory.nbytes + PAGE
-        else:
-            self._memory, view = share.first(nbytes)
-            self.nbytes = 0
-        self.arrays: dict[str, mx.array] = {}
-        self.views: list[np.ndarray | None] = []
-        self._spans: dict[str, tuple[int, int, mx.Dtype]] = {}
-        self._joined: dict[tuple[str, str], mx.array] = {}
-        for part, extent in zip(layout.parts, layout.extents, strict=True):
-            if part.name not in spans:
-                self.views.append(None)
-                continue
-            start, stop = spans[part.name]
-            dtype = DTYPES[part.dtype]
-            self._spans[part.name] = (start, stop, dtype)
-            array = self._typed(start, stop, dtype, capacity)
-            if exact:
-                array = _shaped(array, part.shape, capacity, extent // dtype.size)
-            self.arrays[part.name] = array
-            self.views.append(view[start:stop].reshape(capacity, extent))
-
-    def first(self, nbytes: int) -> tuple[mx.array, np.ndarray]:
-        """The first bytes of this memory, to lay out another way; both then overlap."""
-        if nbytes > self._memory.nbytes:
-            raise CacheError(f"{self._memory.nbytes} bytes of slots cannot be shared as {nbytes}")
-        part = self._memory[: -(-nbytes // self._memory.itemsize)]
-        mx.eval(part)
-        return part, _bytes_of(part)
-
-    def joined(self, first: str, second: str) -> mx.array:
-        """Two parts that lie behind each other as one array [2 * capacity, width], not copied."""
-        if (first, second) not in self._joined:
-            self._joined[first, second] = self._join(first, second)
-        return self._joined[first, second]
-
-    def _join(self, first: str, second: str) -> mx.array:
-        (start, middle, dtype), (begin, stop, other) = self._spans[first], self._spans[second]
-        if middle != begin or dtype != other or middle - start != stop - begin:
-            raise CacheError(f"parts {first} and {second} do not lie behind each other")
-        return self._typed(start, stop, dtype, 2 * self.capacity)
-
-    def _typed(self, start: int, stop: int, dtype: mx.Dtype, rows: int) -> mx.array:
-        size = self._memory.itemsize
-        flat = self._memory[start // size : -(-stop // size)].view(dtype)
-        array = flat[: (stop - start) // dtype.size].reshape(rows, -1)
-        mx.eval(array)
-        return array
 
 
 @dataclass
@@ -200,7 +66,7 @@ class SlotTable:
 
         Raises CacheError when they are no such rows; nothing is changed then.
         """
-        self._check(active)
+        self.check(active)
         policy.used(active)
         if active.size <= self.capacity:
             return np.ones(active.size, bool)
@@ -219,7 +85,7 @@ class SlotTable:
         Raises CacheError when there are more active rows than slots, or when they are no such
         rows; nothing is changed then.
         """
-        self._check(active)
+        self.check(active)
         if active.size > self.capacity:
             raise CacheError(
                 f"{active.size} rows are active at once, the cache has {self.capacity} slots; "
@@ -238,7 +104,8 @@ class SlotTable:
         self.row_in[slots] = missing
         return Update(missing, slots, move_from, move_to, int(active.size - missing.size))
 
-    def _check(self, active: np.ndarray) -> None:
+    def check(self, active: np.ndarray) -> None:
+        """Raise CacheError unless they are sorted, distinct rows of this layer."""
         if active.ndim != 1 or active.dtype.kind not in "iu":
             raise CacheError(f"active rows must be ints, got {active.dtype} {active.shape}")
         if active.size and not (
@@ -317,6 +184,7 @@ class RowCache:
         self._pending: dict[int, list[Future[None]]] = {}
         self._foretold: set[int] = set()
         self._coming: list[Future[None]] = []
+        self._stale: list[Future[None]] = []
         self._built_on: list[mx.array] = []
         self._index: mx.array | None = None
 
@@ -327,34 +195,36 @@ class RowCache:
         Raises CacheError for what are no rows, ReadError when the disk fails; after a failed read
         the cache is empty.
         """
-        inside, update = self._make_room(active)
+        self.table.check(active)
         with self.sound():
+            inside, update = self._make_room(active)
             began = time.perf_counter()
-            waiting = self._begun(active)
+            self._ask_for_begun(active)
             rows, slots = update.load_rows, update.load_slots
-            if rows.size and not waiting:
+            if rows.size and not self._coming:
                 self._reader.read(self.layer, rows, slots, self.memory.views)
             elif rows.size:
-                waiting += self._read(rows, slots)
-            self._reader.wait(waiting)
-            self.wait_seconds += time.perf_counter() - began
+                self._coming += self._read(rows, slots)
+            self._arrive(began)
         self.misses += int(update.load_rows.size)
         return inside
 
     def begin(self, active: np.ndarray) -> np.ndarray:
         """Begin to fetch active rows, no more than there are slots, and return while they come.
 
-        Until ``finish`` those that are returned may not be computed from, the others may.
+        Until ``finish`` those that are returned may not be computed from, the others may. Both
+        belong inside ``sound``: what comes between them must not be broken off in silence.
         """
-        _, update = self._make_room(active)
-        self.misses += int(update.load_rows.size)
+        self.table.check(active)
         with self.sound():
+            _, update = self._make_room(active)
+            self.misses += int(update.load_rows.size)
             foretold = [
                 row
                 for row in self._pending.keys() & set(active.tolist())
                 if not all(read.done() for read in self._pending[row])
             ]
-            self._coming += self._begun(active)
+            self._ask_for_begun(active)
             if update.load_rows.size:
                 self._coming += self._read(update.load_rows, update.load_slots)
         return np.append(update.load_rows, np.array(foretold, np.int64))
@@ -362,10 +232,7 @@ class RowCache:
     def finish(self) -> None:
         """Wait for what was begun; raises like ``fetch``."""
         with self.sound():
-            began = time.perf_counter()
-            self._reader.wait(self._coming)
-            self._coming.clear()
-            self.wait_seconds += time.perf_counter() - began
+            self._arrive(time.perf_counter())
 
     def foretell(self, rows: np.ndarray) -> None:
         """Begin to read rows (sorted, distinct) that may be needed soon, behind what is needed now.
@@ -375,14 +242,15 @@ class RowCache:
         """
         if self.is_window:
             return
+        self.table.check(rows)
         rows = rows[: self.table.capacity]
         missing = rows[self.table.slot_of[rows] < 0]
         self.foretold += int(missing.size)
         self._foretold = set(missing.tolist())
         if not missing.size:
             return
-        update = self._change(rows)
         with self.sound():
+            update = self._change(rows)
             for row, slot in zip(update.load_rows, update.load_slots, strict=True):
                 self._pending[int(row)] = self._read(np.array([row]), np.array([slot]), True)
 
@@ -392,31 +260,38 @@ class RowCache:
         prepared = self._reader.prepare(rows, slots, self.memory.views, self.layer)
         return self._reader.submit(self.layer, prepared, behind)
 
-    def _begun(self, active: np.ndarray) -> list[Future[None]]:
-        """Reads of active rows that were foretold; what has not begun is asked for now."""
-        waiting: list[Future[None]] = []
+    def _ask_for_begun(self, active: np.ndarray) -> None:
+        """Wait with the rest for foretold reads of active rows; ask now for what has not begun."""
         for row in self._pending.keys() & set(active.tolist()):
-            reads = self._pending.pop(row)
-            late = [read for read in reads if read.cancel()]
-            if late:
+            reads = self._pending[row]
+            if any(read.cancel() for read in reads):
                 self._reader.drop(reads)
-                waiting += self._read(np.array([row]), self.table.slot_of[[row]])
+                self._coming += self._read(np.array([row]), self.table.slot_of[[row]])
             else:
-                waiting += reads
-        return waiting
+                self._coming += reads
+            del self._pending[row]
+
+    def _arrive(self, began: float) -> None:
+        """Wait for all that is coming, counting from ``began``."""
+        self._reader.wait(self._coming)
+        self._coming.clear()
+        self.wait_seconds += time.perf_counter() - began
 
     def claim(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Make room for active rows (sorted, distinct) that the caller reads itself.
 
         Returns:
             (slots of those that are here, -1 for the others; slots that the others are to be
-            copied to once they are read, -1 for those that pass by). Both int [n].
+            copied to once they are read, -1 for those that pass by). Both int [n]. Until that is
+            done the caller stays inside ``sound``.
         """
-        here = self.table.slot_of[active] >= 0
-        self._make_room(active)
+        self.table.check(active)
         with self.sound():
-            self._reader.wait(self._begun(active))
-        slots = self.table.slot_of[active].astype(np.int64)
+            here = self.table.slot_of[active] >= 0
+            self._make_room(active)
+            self._ask_for_begun(active)
+            self._arrive(time.perf_counter())
+            slots = self.table.slot_of[active].astype(np.int64)
         return np.where(here, slots, -1), np.where(here, -1, slots)
 
     def _make_room(self, active: np.ndarray) -> tuple[np.ndarray, Update]:
@@ -430,14 +305,16 @@ class RowCache:
 
     def _change(self, rows: np.ndarray) -> Update:
         """Enter rows; what was built on slots that change, or is read into them, is done then."""
+        if self._stale:  # of a call that was broken off twice
+            self._reader.drop(self._stale)
+            self._stale.clear()
         update = self.table.update(rows, self.policy, told=True)
         changes = update.load_rows.size or update.move_to.size
-        with self.sound():
-            if changes or len(self._built_on) > UNSETTLED:
-                mx.eval(self._built_on)
-                self._built_on.clear()
-            if changes and self._pending:
-                self._settle()
+        if changes or len(self._built_on) > UNSETTLED:
+            mx.eval(self._built_on)
+            self._built_on.clear()
+        if changes and self._pending:
+            self._settle()
         if changes:
             self._index = None
         if update.move_to.size:
@@ -461,14 +338,16 @@ class RowCache:
         try:
             yield
         except BaseException:
-            self._reader.drop([read for reads in self._pending.values() for read in reads])
-            self._pending.clear()
-            self._reader.drop(self._coming)
-            self._coming.clear()
-            self._foretold.clear()
             self.table = SlotTable(self.table.rows, self.table.capacity)
+            self._stale += self._coming
+            self._stale += [read for reads in self._pending.values() for read in reads]
+            self._coming.clear()
+            self._pending.clear()
+            self._foretold.clear()
             self._built_on.clear()
             self._index = None
+            self._reader.drop(self._stale)  # nothing is written any more
+            self._stale.clear()
             raise
 
     @property

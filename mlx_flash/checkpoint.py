@@ -33,7 +33,7 @@ from .errors import DamagedError, ModelError
 from .families import Ffn, rowwise
 from .gguf_source import GGUFCheckpoint
 from .packed import Scheme, scheme
-from .quantization import found_in, quantise_modules, recipe_predicate
+from .quantization import dequantised, found_in, quantise_modules, recipe_predicate
 from .shipped import shipped
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -132,8 +132,8 @@ def _download(name: str) -> Path:
 class HFCheckpoint:
     """A Hugging Face directory of safetensors, under mlx-lm's names after its ``sanitize``.
 
-    Nothing is read until ``take``; the memory it needs is that of one tensor, or of as many
-    experts as mlx-lm stacks in one.
+    Nothing is read until ``take``; the memory it needs is that of one tensor, twice that of one in
+    which mlx-lm stacks a layer's experts.
     """
 
     def __init__(self, path: Path, packing: Packing = Packing()) -> None:
@@ -162,8 +162,7 @@ class HFCheckpoint:
             # Only now: sanitize may set the model up by what is there (gemma3 ties its head).
             _compare(path, dict(tree_flatten(model.parameters())), weights)
             if quantization and packing.dequantize:
-                model.load_weights(list(weights.items()))
-                weights = dict(tree_flatten(utils.dequantize_model(model).parameters()))
+                weights = dequantised(weights, self.config)
                 self._set_quantization(None)
             if packing.scheme:
                 weights = self._quantise(model, weights, ffn, packing)

@@ -118,7 +118,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .converter import convert
-    from .inspection import requantised
+    from .inspection import remarks
 
     with tqdm(unit="B", unit_scale=True, desc="convert", disable=None) as bar:
 
@@ -143,7 +143,7 @@ def run_convert(args: argparse.Namespace) -> int:
             progress=progress,
         )
     print(f"Saved {out}")
-    for line in requantised(out):
+    for line in remarks(out):
         print(line)
     return 0
 

@@ -70,6 +70,8 @@ def run_generate(args: argparse.Namespace) -> int:
     from .directory import ModelDirectory
 
     directory = ModelDirectory(args.model)
+    if args.lookahead and not directory.mixture:
+        raise UsageError(f"--lookahead is for mixtures of experts, {args.model} is none")
     from .loader import load_model, load_tokenizer
     from .pagers import slow_back_end
 
@@ -118,6 +120,8 @@ def _check_generate(args: argparse.Namespace) -> None:
         parse_ram(args.ram)
     if args.dense and args.predictor not in ("auto", "none"):
         raise UsageError(f"--dense reads nothing, so --predictor {args.predictor} has no use")
+    if args.lookahead and args.policy == "window":
+        raise UsageError("--lookahead needs room that --policy window does not give; leave one out")
     if args.dense and args.lookahead:
         raise UsageError("--dense reads nothing, so --lookahead has no use")
     if args.window is not None:

@@ -25,7 +25,6 @@ from mlx_lm import utils
 
 from . import output, predictor_file
 from .architectures import make_model
-from .cache import DTYPES
 from .checkpoint import Checkpoint, Packing, open_checkpoint
 from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_place
 from .errors import ModelError
@@ -33,6 +32,7 @@ from .packed import request
 from .predictor_file import Predictors
 from .rows import RowFileWriter, file_bytes, sha256_of
 from .shipped import fold
+from .slots import DTYPES
 from .units import CODES, plan_rows, raw
 
 SHARD_BYTES = 5 * 10**9

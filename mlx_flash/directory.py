@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from . import families, mixtures
-from .cache import DTYPES
 from .errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from .families import Ffn
 from .mixtures import Mixture
 from .packed import Scheme, scheme
 from .rows import RowFile, sha256_of
+from .slots import DTYPES
 
 FORMAT_VERSION = 2
 ROW_FILE = "ffn_rows.safetensors"

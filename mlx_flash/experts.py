@@ -115,15 +115,15 @@ class FlashSwitch(nn.Module):
     ) -> mx.array:
         """Of few tokens, what slots hold is computed while the rest is read."""
         cache = self._cache
-        coming = cache.begin(wanted)
-        bind_arrays(self.switch, cache.memory.arrays)
-        slots = cache.table.slot_of[chosen].astype(np.uint32)
-        late = np.isin(chosen, coming)
-        few = chosen.size <= FEW * chosen.shape[-1]
-        if not few or late.all() or not late.any():
-            cache.finish()
-            return self.switch(x, mx.array(slots), *args, **kwargs)
         with cache.sound():
+            coming = cache.begin(wanted)
+            bind_arrays(self.switch, cache.memory.arrays)
+            slots = cache.table.slot_of[chosen].astype(np.uint32)
+            late = np.isin(chosen, coming)
+            few = chosen.size <= FEW * chosen.shape[-1]
+            if not few or late.all() or not late.any():
+                cache.finish()
+                return self.switch(x, mx.array(slots), *args, **kwargs)
             here = self._of_pairs(x, slots, ~late, args, kwargs)
             mx.async_eval(here)
             cache.finish()

@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .cache import DTYPES, UNITS, SlotMemory
 from .families import Ffn, projections, weight_shapes
 from .packed import Packed, Rows, Scheme, part_names, rows_of
 from .reader import RowReader
 from .rows import RowFile
+from .slots import DTYPES, UNITS, SlotMemory
 from .stream import LayerStream
 
 CHUNK_BYTES = 4 << 20

@@ -38,6 +38,9 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
     demand = expert_file.read_for(directory)
     curves = demand.curves if demand and demand.used else None
     sparse = sparse_needs(directory, selection, curves) if pages else None
+    least = needs.least
+    if sparse and directory.mixture:  # experts are not streamed a layer at a time
+        least = min(needs.dense, sparse.least(needs))
     return {
         "path": str(directory.path),
         "model_type": directory.config["model_type"],
@@ -57,11 +60,14 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "parts": [part.name for part in rows.layout.parts],
         "context": needs.context,
         "direct_reads": reader.direct,
-        "least_bytes": needs.least,
+        "least_bytes": least,
         "dense_bytes": needs.dense,
         "predictor": _predictor(selection),
         "expert_demand": demand and {"used": demand.used, "measured": demand.measured},
-        "budgets": [_budget(needs, sparse, ram) for ram in _budgets(needs.least, needs.dense)],
+        "budgets": [
+            _budget(needs, sparse, ram, bool(directory.mixture))
+            for ram in _budgets(least, needs.dense)
+        ],
     }
 
 
@@ -82,13 +88,20 @@ def _quantization(config: dict[str, Any]) -> dict[str, int]:
     return {str(scheme(found)): 0} | {name: own.count(name) for name in own}
 
 
-def requantised(path: Path) -> list[str]:
-    """A line for each type of a GGUF that MLX lacks and that was quantised anew."""
-    found = read_config(path)["flash"]["requantised"]
-    return [
+def remarks(path: Path) -> list[str]:
+    """What a conversion did that its user may not expect: types quantised anew, or not at all."""
+    config = read_config(path)
+    flash = config["flash"]
+    lines = [
         f"Quantised anew: {count} tensors of {kind}, to {bits} bits in groups of {group}"
-        for kind, (count, bits, group) in found.items()
+        for kind, (count, bits, group) in flash["requantised"].items()
     ]
+    parts = [part for layout in flash["layouts"] for part in layout["parts"]]
+    floats = {p["name"] for p in parts if p["name"].endswith(".weight") and p["dtype"] != "U32"}
+    if config.get("quantization") and floats:
+        names = ", ".join(sorted(name.removesuffix(".weight") for name in floats))
+        lines.append(f"Left as floats, for want of whole groups or as asked: {names}")
+    return lines
 
 
 def _predictor(selection: Selection | None) -> dict[str, Any] | None:
@@ -109,10 +122,13 @@ def _budgets(least: int, dense: int) -> list[int]:
     return [round_up(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
 
 
-def _budget(needs: Any, sparse: Any, ram: int) -> dict[str, Any]:
+def _budget(needs: Any, sparse: Any, ram: int, mixture: bool) -> dict[str, Any]:
     machine = max(ram, footprint.machine())
-    plan = make_plan(ram, needs, machine)
-    if sparse:
+    if mixture:
+        plan = make_sparse_plan(ram, needs, sparse, machine)
+    else:
+        plan = make_plan(ram, needs, machine)
+    if sparse and not mixture:
         with contextlib.suppress(BudgetError):  # too little for predictors: whole layers, then
             plan = make_sparse_plan(ram, needs, sparse, machine)
     return {

@@ -18,13 +18,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from . import footprint, mixtures
 from .architectures import make_model
 from .budget import BUFFERS, MAX_STEP, Needs, SparseNeeds
-from .cache import slot_bytes
 from .directory import ModelDirectory
 from .errors import FlashError, ModelError
 from .ffn import CHUNK_BYTES
 from .packed import without
 from .reader import RowReader
 from .selection import Selection
+from .slots import slot_bytes
 from .sparse import chunk_rows
 
 DEFAULT_CONTEXT = 2048

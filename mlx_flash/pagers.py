@@ -18,7 +18,7 @@ import numpy as np
 
 from . import families, mixtures
 from .budget import BUFFERS, Plan
-from .cache import DTYPES, RowCache, SlotMemory
+from .cache import RowCache
 from .directory import ModelDirectory
 from .errors import ModelError
 from .experts import FlashSwitch, Lookahead, bind_arrays
@@ -28,6 +28,7 @@ from .packed import without
 from .policy import Policy
 from .reader import RowReader
 from .selection import Selection
+from .slots import DTYPES, SlotMemory
 from .sparse import RowStream, SparseMLP, SparseStats
 from .stream import LayerStream
 
@@ -64,6 +65,14 @@ class _Pager:
         self.rows: RowStream | None = None
         self.caches: dict[int, RowCache] = {}
         self.found: list[tuple[str, nn.Module]] = []
+
+    def _placeholders(self, layer: int) -> dict[str, mx.array]:
+        """Part -> an array of the shape and type that a layer's rows have, never evaluated."""
+        extent = self.directory.rows.layers[layer]
+        return {
+            part.name: mx.zeros((extent.rows, *part.shape), DTYPES[part.dtype])
+            for part in extent.layout.parts
+        }
 
     def _check(self, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
         layers = len(self.directory.rows.layers)
@@ -123,11 +132,7 @@ class NeuronPager(_Pager):
         if self.directory.scheme is None:
             weights = placeholders(self.directory.rows, layer, self.directory.ffn)
             return {f"{name}.weight": weight for name, weight in weights.items()}
-        extent = self.directory.rows.layers[layer]
-        return {
-            self._name(part.name): mx.zeros((extent.rows, *part.shape), DTYPES[part.dtype])
-            for part in extent.layout.parts
-        }
+        return {self._name(part): zeros for part, zeros in self._placeholders(layer).items()}
 
     def _name(self, part: str) -> str:
         """Of a packed part in its module: gate.scales is gate_proj.scales there."""
@@ -174,8 +179,7 @@ class LayerPager(_Pager):
 
     def missing(self, layer: int) -> dict[str, mx.array]:
         """See ``Pager``."""
-        parts = self.directory.rows.layers[layer].layout.parts
-        return {part.name: mx.zeros(part.shape, DTYPES[part.dtype]) for part in parts}
+        return {part: zeros.squeeze(0) for part, zeros in self._placeholders(layer).items()}
 
     def start(self) -> dict[str, nn.Module]:
         """See ``Pager``."""
@@ -202,8 +206,7 @@ class FlashLayer(nn.Module):
         self.mlp = mlp
         self.layer = layer
         self._stream = stream
-        for memory in stream.memories(layer):
-            bind_arrays(mlp, first_row(memory))  # lets go of what it was loaded with
+        bind_arrays(mlp, first_row(stream.memories(layer)[0]))  # in place of what it was made with
 
     def __call__(self, x: mx.array, *args: object, **kwargs: object) -> mx.array:
         bind_arrays(self.mlp, first_row(self._stream.acquire(self.layer, x)))
@@ -250,11 +253,7 @@ class ExpertPager(_Pager):
 
     def missing(self, layer: int) -> dict[str, mx.array]:
         """See ``Pager``."""
-        extent = self.directory.rows.layers[layer]
-        return {
-            part.name: mx.zeros((extent.rows, *part.shape), DTYPES[part.dtype])
-            for part in extent.layout.parts
-        }
+        return self._placeholders(layer)
 
     def start(self) -> dict[str, nn.Module]:
         """See ``Pager``."""
@@ -304,8 +303,12 @@ def check_back_end(directory: ModelDirectory) -> None:
     """
     if directory.unit != "expert" or mx.default_device().type != mx.DeviceType.cpu:
         return
-    kinds = [{part.dtype for part in layout.parts} for layout in directory.rows.layouts]
-    types = {dtype for kind in kinds if "U32" not in kind for dtype in kind}  # U32 is packed
+    types = {
+        part.dtype
+        for layout in directory.rows.layouts
+        for part in layout.parts
+        if part.name.endswith(".weight") and part.dtype != "U32"  # that is packed
+    }
     if types - {"F32"}:
         raise ModelError(
             f"{directory.path} has experts in {' and '.join(sorted(types))}, and MLX's CPU back "
@@ -320,9 +323,9 @@ def slow_back_end(directory: ModelDirectory) -> str:
     if not packed or not on_cpu or directory.dtype == mx.float32:
         return ""
     return (
-        f"{directory.path} is quantised with scales in {str(directory.dtype).rpartition('.')[2]}, "
-        "which MLX's CPU back end multiplies some 8 to 40 times slower than float32; for this "
-        "machine convert with --dtype float32"
+        f"{directory.path} is quantised and computes in {str(directory.dtype).rpartition('.')[2]}, "
+        "which takes MLX's CPU back end some 8 to 40 times as long as float32; for this machine "
+        "convert with --dtype float32"
     )
 
 
@@ -336,8 +339,8 @@ def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
 
 
 def first_row(memory: SlotMemory) -> dict[str, mx.array]:
-    """The arrays of a memory's first row."""
-    return {name: array[0] for name, array in memory.arrays.items()}
+    """The arrays of a memory of one row, not copied (``array[0]`` would be)."""
+    return {name: array.squeeze(0) for name, array in memory.arrays.items()}
 
 
 def make_pager(

@@ -22,9 +22,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .cache import UNITS
 from .errors import DamagedError, PredictorError
 from .predictor import NONLINEARITIES
+from .slots import UNITS
 
 NAME = "predictors.safetensors"
 FORMAT = "mlx_flash.predictors"

@@ -103,12 +103,15 @@ def iovec(read: PreparedRead, request: Request, sink: memoryview) -> list[memory
     for i in range(request.first, request.last):
         if found:
             if between := stride - (read.last - read.first):
-                found.append(sink[:between])
+                found += _nowhere(sink, between)
             found += [sink[:stride]] * (int(read.rows[i]) - at)
         slot = int(read.slots[i])
         for memory, nbytes in read.pieces:
             begin = slot * nbytes
-            found.append(sink[:nbytes] if memory is None else memory[begin : begin + nbytes])
+            if memory is None:
+                found += _nowhere(sink, nbytes)
+            else:
+                found.append(memory[begin : begin + nbytes])
         at = int(read.rows[i]) + 1
     if request.end:
         return _between(found, request.begin - read.first, request.end - read.first)
@@ -122,6 +125,12 @@ def where(base: int, read: PreparedRead, request: Request) -> tuple[int, int]:
         begin = read.first
         end = (request.stop - request.start - 1) * read.layout.stride + read.last
     return base + request.start * read.layout.stride + begin, end - begin
+
+
+def _nowhere(sink: memoryview, nbytes: int) -> list[memoryview]:
+    """So many bytes of the sink, over and over where it is shorter."""
+    full, rest = divmod(nbytes, len(sink))
+    return [sink] * full + ([sink[:rest]] if rest else [])
 
 
 def _between(buffers: list[memoryview], begin: int, end: int) -> list[memoryview]:

@@ -18,9 +18,15 @@ from mlx_lm import utils
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from .errors import ModelError
-from .packed import scheme
+from .packed import SUFFIXES, Packed, Scheme, scheme
 
 FOREIGN = {"mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}  # quant_method -> mlx-lm's own
+
+
+def scheme_of(config: Mapping[str, Any], path: str) -> Scheme:
+    """What a config with the quantisation of ``quantise_modules`` says of the module at a path."""
+    quantization = config["quantization"]
+    return scheme(quantization.get(path) or quantization)
 
 
 def found_in(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -119,3 +125,21 @@ def recipe_predicate(recipe: str | None, model: nn.Module, group_size: int) -> A
         return mixed_quant_predicate_builder(recipe, model, group_size)
     except ValueError as error:
         raise ModelError(f"recipe {recipe} does not fit this model: {error}") from error
+
+
+def dequantised(weights: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+    """Weights with every quantised tensor as floats, computed as they are evaluated.
+
+    Args:
+        config: with the quantisation that ``quantise_modules`` returned.
+    """
+    packed = [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]
+    parts = {f"{path}.{suffix}" for path in packed for suffix in ("weight", *SUFFIXES)}
+    found = {name: weight for name, weight in weights.items() if name not in parts}
+    for path in packed:
+        scheme = scheme_of(config, path)
+        arrays = tuple(weights[f"{path}.{name}"] for name in ("weight", *scheme.suffixes))
+        scales = arrays[1].dtype
+        dtype = scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
+        found[f"{path}.weight"] = Packed(arrays, scheme).floats(dtype)
+    return found

@@ -141,7 +141,12 @@ class RowReader:
 
     @property
     def _sink_bytes(self) -> int:
-        return _pages(max(layout.stride for layout in self.file.layouts))
+        """Of what is read for nothing: a row that is left out, or a request's worth of it."""
+        sizes = [
+            min(layout.stride, self.request_bytes) if self._in_pieces(layout) else layout.stride
+            for layout in self.file.layouts
+        ]
+        return _pages(max(sizes))
 
     @property
     def _staging_bytes(self) -> int:
@@ -354,6 +359,8 @@ class RowReader:
         try:
             got = aio.read(self._fd, offsets, memory, firsts, stop=lambda: not self._open)
             begun = got != aio.NOT_BEGUN
+            if not begun.any() and self._open:  # the system has no room for it any more
+                self.engine = "threads"
             for i in np.flatnonzero(got != nbytes).tolist():
                 if not begun[i]:
                     self._check_open()

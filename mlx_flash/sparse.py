@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .cache import RowCache, SlotMemory, slot_bytes
+from .cache import RowCache
 from .errors import FlashError
 from .families import Ffn
 from .ffn import bind_some
@@ -31,6 +31,7 @@ from .layout import RowLayout
 from .packed import Rows, Scheme, rows_of
 from .predictor import Prediction, Predictor, ResidentPart
 from .reader import RowReader
+from .slots import SlotMemory, slot_bytes
 
 LONG_PROMPT = 64  # tokens from which on nobody is asked which rows they need
 STREAM_SHARE = 0.5  # of the rows; when several tokens need more, all are streamed
@@ -110,18 +111,18 @@ class RowStream:
             cache: the layer's slots, which the rows are taken from where they are there, and where
                 they are kept; None to read all and keep none.
         """
-        if cache:
-            here, keep = cache.claim(rows)
-        else:
-            here = keep = np.full(rows.size, -1)
         size = self.capacity(layer)
-        todo = [
-            _Piece(*(array[at : at + size] for array in (rows, here, keep)))
-            for at in range(0, rows.size, size)
-        ]
-        ready = cache.sound() if cache else contextlib.nullcontext()
-        with ready:
+        todo: list[_Piece] = []
+        with cache.sound() if cache else contextlib.nullcontext():
             try:
+                if cache:
+                    here, keep = cache.claim(rows)
+                else:
+                    here = keep = np.full(rows.size, -1)
+                todo += [
+                    _Piece(*(array[at : at + size] for array in (rows, here, keep)))
+                    for at in range(0, rows.size, size)
+                ]
                 for i, piece in enumerate(todo):
                     if i == 0:
                         self._start(layer, piece, cache)

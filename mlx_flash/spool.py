@@ -26,12 +26,12 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import show
-from .cache import UNITS
 from .directory import ModelDirectory
 from .errors import CalibrationError, FlashError
 from .evaluate import Seen
 from .output import FULL, write_text
 from .predictor import Function
+from .slots import UNITS
 
 MARKER = "calibration.key"
 STATE = "recorded.json"

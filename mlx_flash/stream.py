@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .cache import SlotMemory, slot_bytes
 from .layout import RowLayout
 from .reader import RowReader
+from .slots import SlotMemory, slot_bytes
 
 Size = tuple[int, RowLayout]  # rows of a layer, and how they are laid out
 

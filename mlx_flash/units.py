@@ -19,13 +19,13 @@ import numpy as np
 
 from . import families, mixtures
 from .architectures import make_model
-from .cache import DTYPES, UNITS
 from .checkpoint import Checkpoint
 from .errors import ModelError
 from .families import Ffn, projections, weight_shapes
 from .layout import RowLayout
 from .mixtures import Mixture
 from .packed import SUFFIXES, Scheme
+from .slots import DTYPES, UNITS
 
 BLOCK_BYTES = 16 << 20
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -135,7 +135,10 @@ def _neurons(checkpoint: Checkpoint, ffn: Ffn, paths: Sequence[str]) -> RowPlan:
         _check_shapes(checkpoint, ffn, path, count, d_model)
         names.append(own)
         rows.append(count)
-    dtype = _one_type(checkpoint, [own["down"] for own in names])
+    floats = ["down"]
+    if scheme and scheme.mode == "affine":
+        floats += ["gate.scales", "up.scales"]
+    dtype = _one_type(checkpoint, [own[part] for own in names for part in floats if part in own])
     if scheme is None:
         _one_type(checkpoint, [name for own in names for name in own.values()])
         layout = RowLayout.plan(ffn.parts, dtype, d_model)
@@ -206,9 +209,11 @@ def _experts(checkpoint: Checkpoint, mixture: Mixture, model: nn.Module) -> RowP
 
 def _whole(checkpoint: Checkpoint, names: dict[str, str], skip: int) -> RowLayout:
     """A layout of whole tensors, without their first ``skip`` axes."""
+    if single := [name for name in names.values() if len(checkpoint.shapes[name]) <= skip]:
+        raise ModelError(f"tensors of one number an expert are not read: {', '.join(single)}")
     return RowLayout.of(
         [
-            (part, CODES[checkpoint.dtypes[name]], tuple(checkpoint.shapes[name][skip:]) or (1,))
+            (part, CODES[checkpoint.dtypes[name]], tuple(checkpoint.shapes[name][skip:]))
             for part, name in names.items()
         ]
     )

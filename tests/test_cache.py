@@ -13,17 +13,12 @@ from fake_kernel import FakeKernel, use
 from test_rows import make
 
 from mlx_flash import cache as module
-from mlx_flash.cache import (
-    DTYPES,
-    RowCache,
-    SlotMemory,
-    SlotTable,
-    aligned_bytes,
-)
+from mlx_flash.cache import RowCache, SlotTable
 from mlx_flash.errors import CacheError, FlashError, ReadError
 from mlx_flash.policy import LFU, LRU, Policy, SlidingWindow
 from mlx_flash.reader import RowReader
 from mlx_flash.rows import PAGE, Part, RowLayout
+from mlx_flash.slots import DTYPES, SlotMemory, aligned_bytes
 
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "window of 1": lambda rows: SlidingWindow(rows, 1),
@@ -304,7 +299,7 @@ def test_memory_too_large_for_mlx_is_refused(monkeypatch):
     with pytest.raises(MemoryError):
         SlotMemory(layout, 2**31 // 4096 + 1)  # more than 2 GiB of 2 byte numbers are fine
     ((shape, dtype),) = sizes
-    assert shape[0] < 2**31 and dtype == mx.uint32
+    assert shape[0] < 2**31 and dtype == mx.uint64
 
 
 MEMORIES = {

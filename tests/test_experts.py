@@ -14,6 +14,7 @@ product in the place of ``mx.gather_mm``, for both models.
 Then prompts that want more experts than there are slots, failing reads, and reading ahead.
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -29,9 +30,13 @@ from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 from test_checkpoint import edit_config, edit_weights
 from test_parity import PROMPT, greedy, logits
+from tiny import make_checkpoint
 from tiny_mixtures import EXPERTS, TINY_MIXTURES, make_mixture
 
+from mlx_flash import cli
 from mlx_flash.architectures import get_classes, make_model
+from mlx_flash.budget import sparse_plan_of
+from mlx_flash.cache import RowCache
 from mlx_flash.calibrate import calibrate
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
@@ -43,8 +48,10 @@ from mlx_flash.errors import (
     PredictorError,
     ReadError,
 )
+from mlx_flash.inspection import describe
 from mlx_flash.loader import load, load_model
 from mlx_flash.mixtures import ALIASES, MIXTURES, find_mixture, modules
+from mlx_flash.needs import needs_of, sparse_needs
 from mlx_flash.reader import RowReader
 
 METAL = ("muse_spark",)  # families whose forward runs on Metal only
@@ -584,3 +591,69 @@ def test_damage_is_named(source, tmp_path):
     (error,) = directory.verify()
     assert isinstance(error, DamagedError)
     assert "layer 1" in str(error)
+
+
+def test_matrices_left_as_floats(tmp_path, capsys):
+    """Where groups do not divide a matrix mlx-lm leaves it as floats; convert says so."""
+    source = make_mixture(tmp_path / "hf", "mixtral", "bfloat16", intermediate_size=96)
+    out = tmp_path / "out"
+    args = ["--model", str(source), "--mlx-path", str(out), "-q", "--q-group-size", "64"]
+    assert cli.main(["convert", *args]) == 0
+    assert "Left as floats" in (said := capsys.readouterr().out) and "down_proj" in said
+    with pytest.raises(ModelError, match="float32 only"):
+        load(out)
+
+
+def test_inspect_says_what_generate_takes(tmp_path):
+    """The least budget of a mixture is that of its slots, not of whole layers in turn."""
+    directory = ModelDirectory(convert(make_mixture(tmp_path / "hf", "mixtral"), tmp_path / "out"))
+    info = describe(directory)
+    for row in info["budgets"]:
+        assert row["streamed_bytes_per_token"] == 0
+    reader = RowReader(directory.rows)
+    needs = needs_of(directory, reader)
+    reader.close()
+    sparse = sparse_needs(directory, None)
+    assert (
+        sparse.least(needs)
+        == sparse_plan_of(None, needs, sparse, sparse.least_slots, needs.min_step).total
+    )
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_interrupted_anywhere(made, reads, monkeypatch, at):
+    """Whatever step of fetching an interrupt strikes, what comes after it is right."""
+    directory, dense = made
+    model = load_model(directory, cache_share=0.5, lookahead=True)
+    expected = greedy(dense, 12)
+    assert greedy(model, 12) == expected
+    steps = ("_make_room", "_change", "_ask_for_begun", "_arrive", "_read", "foretell")
+    name, before = steps[at % 6], at < 6
+    real, left = getattr(RowCache, name), [3]
+
+    def struck(self, *args, **kwargs):
+        left[0] -= 1
+        if before and left[0] == 0:
+            raise KeyboardInterrupt
+        found = real(self, *args, **kwargs)
+        if not before and left[0] == 0:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(RowCache, name, struck)
+    with contextlib.suppress(KeyboardInterrupt):
+        greedy(model, 12, prompt=[9, 8, 7, 77, 6])
+    assert left[0] <= 0, f"{name} was not called"
+    monkeypatch.setattr(RowCache, name, real)
+    assert greedy(model, 12) == expected
+    assert_slots_hold_their_rows(model)
+    model.flash.close()
+
+
+def test_lookahead_where_there_is_nothing_to_look_for(tmp_path, capsys):
+    dense = convert(make_checkpoint(tmp_path / "hf", "llama", "float32"), tmp_path / "dense")
+    args = ["generate", "--model", str(dense), "--prompt", "x", "--lookahead"]
+    assert cli.main(args) == 2
+    assert "is for mixtures" in capsys.readouterr().err
+    assert cli.main([*args, "--policy", "window"]) == 2
+    assert "--policy window" in capsys.readouterr().err

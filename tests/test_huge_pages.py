@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_flash import huge_pages
-from mlx_flash.cache import aligned_bytes
 from mlx_flash.huge_pages import HUGE_PAGE, ask_for
+from mlx_flash.slots import aligned_bytes
 
 
 def private(nbytes: int) -> np.ndarray:

@@ -27,7 +27,6 @@ from tiny import make_checkpoint
 
 from mlx_flash import families
 from mlx_flash.architectures import get_classes, make_model
-from mlx_flash.cache import DTYPES
 from mlx_flash.calibrate import calibrate
 from mlx_flash.checkpoint import Packing
 from mlx_flash.converter import convert
@@ -37,6 +36,7 @@ from mlx_flash.families import FAMILIES, find, projections, rowwise
 from mlx_flash.loader import load, load_model
 from mlx_flash.mixtures import find_mixture
 from mlx_flash.packed import Scheme
+from mlx_flash.slots import DTYPES
 from mlx_flash.units import plan_rows, raw
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
@@ -718,3 +718,34 @@ def test_directories_say_how_they_are_packed(source, tmp_path):
     )
     assert flash["flash"]["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
     assert Path(flash["flash"]["row_file"]).suffix == ".safetensors"
+
+
+def test_streamed_layers_take_two_buffers(tmp_path):
+    """Of layers that are not kept no more is in memory than what streams them."""
+    source = make_checkpoint(
+        tmp_path / "hf", "llama", "float32", layers=12, hidden_size=256, intermediate_size=4096
+    )
+    directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True, q_bits=8))
+    one = directory.rows.layer_bytes(0)
+    assert one > 3_000_000
+    before = mx.get_active_memory()
+    model = load_model(directory, kept_share=0.0)
+    for _ in range(3):
+        mx.eval(model(mx.array([[5]])))
+        resident = sum(file.stat().st_size for file in directory.shards)
+        assert mx.get_active_memory() - before < resident + 3 * one
+    model.flash.close()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
+def test_dequantize_every_kind_of_module(tmp_path, family):
+    """Floats of every quantised matrix, those of MLA's own kind included."""
+    source = tiny_mixtures.make_mixture(tmp_path / "hf", family, "float32")
+    packed = tiny_mixtures.quantised(source, tmp_path / "packed", 4, 32)
+    out = convert(packed, tmp_path / "out", dequantize=True)
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization" not in config
+    dense = utils.load_model(packed)[0]
+    model = load(out, cache_share=0.5)[0]
+    assert relative(logits(model), logits(dense)) < 1e-4
+    model.flash.close()

@@ -14,10 +14,10 @@ from fake_kernel import FakeKernel, use
 from test_rows import make
 
 from mlx_flash import stream as module
-from mlx_flash.cache import SlotMemory
 from mlx_flash.errors import DamagedError, ReadError
 from mlx_flash.reader import RowReader
 from mlx_flash.rows import RowLayout
+from mlx_flash.slots import SlotMemory
 from mlx_flash.stream import LayerStream
 
 NAMES = ("gate", "up", "down")
