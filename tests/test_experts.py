@@ -3,9 +3,9 @@
 Every family of the table that runs on the CPU, in float32, bfloat16, 4 and 8 bits, and 4 bits with
 bfloat16 scales: logits of a prompt and of a step behind it are the dense model's to the bit, with
 slots for a quarter, half and all of the experts. 128 greedy tokens are the same in float32 and 4
-bits with slots for a quarter and for all; in the other types, which share all of that but the
-kernels, those of ``WANTED`` have 8 tokens with slots for a quarter. ``WHOLE`` names families, of each kind of switch module,
-that have all 128 in every type with every number of slots; with ``--whole`` all have.
+bits with slots for a quarter and for all. The other types share all of that but the kernels: the
+families of ``WANTED`` have 8 tokens with slots for a quarter, those of ``WHOLE``, one of each kind
+of switch module, all 128 with every number of slots; with ``--whole`` every family has.
 
 Models have as many layers as it takes to have two with experts. MLX multiplies by chosen matrices
 on the CPU in float32 only, unless they are quantised: for bfloat16 the tests put an equivalent
