@@ -35,8 +35,9 @@ class Scheme:
                 raise TypeError("expected whole numbers")
             if self.bits < 1 or self.group_size < 1:  # MLX divides by them
                 raise ValueError("expected numbers from 1 on")
-            mx.quantize(mx.zeros((1, 128)), self.group_size, self.bits, mode=self.mode)
-        except (ValueError, TypeError) as error:
+            row = mx.zeros((1, 32 * self.group_size))
+            mx.quantize(row, self.group_size, self.bits, mode=self.mode)
+        except (ValueError, TypeError, OverflowError) as error:
             raise ModelError(
                 f"MLX cannot quantise to {self.bits} bits in groups of {self.group_size} "
                 f"({self.mode}): {error}"
