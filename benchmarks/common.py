@@ -18,8 +18,8 @@ import numpy as np
 
 from mlx_flash.cache import SlotTable
 from mlx_flash.direct_io import open_direct
+from mlx_flash.huge_pages import buffers as huge_buffers
 from mlx_flash.policy import Policy
-from mlx_flash.reader import _staging_memory
 
 OUT = Path(__file__).parent / "out"
 BLOCK, STREAMS = 2 << 20, 8  # of sequential reads: bytes of a request, threads
@@ -166,7 +166,7 @@ def read_through(paths: list[Path], share: float = 1) -> tuple[float, int]:
     def work(buffer: np.ndarray) -> int:
         return sum(os.preadv(fd, [buffer], at) for fd, at in blocks)
 
-    buffers = _staging_memory(STREAMS, BLOCK)
+    buffers = huge_buffers(STREAMS, BLOCK)
     with ThreadPoolExecutor(STREAMS) as pool:
         began = time.perf_counter()
         total = sum(pool.map(work, buffers))

@@ -60,7 +60,7 @@ from mlx_flash.experts import FlashSwitch, bind_arrays
 from mlx_flash.loader import FlashStats, load_model
 from mlx_flash.policy import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.prepared import PreparedRead
-from mlx_flash.reader import RowReader, _staging_memory
+from mlx_flash.reader import RowReader
 from mlx_flash.slots import SlotMemory
 from mlx_flash.stream import LayerStream
 
@@ -506,7 +506,7 @@ def _bare(path: Path, block: int, depth: int, count: int, space: int = 512 << 20
     """Bytes per second of random reads into huge pages, as much memory as slots are, or nearly."""
     fd, _ = open_direct(path)
     places = np.random.default_rng().integers(0, (path.stat().st_size - block) // 4096, count)
-    buffers = _staging_memory(space // block, block // 4096 * 4096)
+    buffers = huge_pages.buffers(space // block, block // 4096 * 4096)
     for buffer in buffers:
         buffer[:] = 0
     work = iter(zip((4096 * places).tolist(), itertools.cycle(buffers), strict=False))

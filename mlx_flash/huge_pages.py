@@ -10,6 +10,7 @@ Knows: addresses, what the kernel is asked. Does not know: who reads what.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
@@ -36,3 +37,14 @@ def ask_for(memory: np.ndarray) -> bool:
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # Without the first the second would do no harm, but be work for nothing.
     return all(madvise(begin, end - begin, a) == 0 for a in (advice, mmap.MADV_DONTNEED))
+
+
+def buffers(count: int, nbytes: int) -> list[np.ndarray]:
+    """Buffers on huge pages where the system has them; memory is taken as it is touched."""
+    memory = mmap.mmap(-1, count * nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    skip = -whole.ctypes.data % HUGE_PAGE
+    return [whole[skip + i * nbytes : skip + (i + 1) * nbytes] for i in range(count)]

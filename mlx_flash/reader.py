@@ -13,7 +13,6 @@ Knows: file, offsets, slots. Does not know: which rows are wanted or why, MLX, m
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import os
@@ -29,10 +28,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from . import aio, scatter
+from . import aio, huge_pages, scatter
 from .direct_io import open_direct
 from .errors import DamagedError, ReadError
-from .huge_pages import HUGE_PAGE
 from .layout import PAGE, RowLayout
 from .prepared import PreparedRead, iovec, prepare, where
 from .read_plan import Request, as_slice, cut, plan
@@ -100,7 +98,7 @@ class RowReader:
         self._grain = math.gcd(PAGE, *(layout.stride for layout in layouts), *extents)
         self._sink = memoryview(mmap.mmap(-1, self._sink_bytes))
         self._staging: queue.LifoQueue[np.ndarray] = queue.LifoQueue()
-        for buffer in _staging_memory(self.bulk_threads, self._staging_bytes):
+        for buffer in huge_pages.buffers(self.bulk_threads, self._staging_bytes):
             self._staging.put(buffer)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx_flash-read")
         # No more threads than buffers: threads that wait for one only cost time.
@@ -137,7 +135,7 @@ class RowReader:
     @property
     def overhead_bytes(self) -> int:
         """Memory that the reader itself holds: staging buffers and the sink for gaps."""
-        return self._sink_bytes + self.bulk_threads * self._staging_bytes + HUGE_PAGE
+        return self._sink_bytes + self.bulk_threads * self._staging_bytes + huge_pages.HUGE_PAGE
 
     @property
     def _sink_bytes(self) -> int:
@@ -435,17 +433,6 @@ class RowReader:
                 self._stats.read_seconds += time.perf_counter() - self._since
             if not self._needed:
                 self._lock.notify_all()
-
-
-def _staging_memory(count: int, nbytes: int) -> list[np.ndarray]:
-    """Buffers on huge pages where the system has them; memory is taken as it is touched."""
-    memory = mmap.mmap(-1, count * nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    skip = -whole.ctypes.data % HUGE_PAGE
-    return [whole[skip + i * nbytes : skip + (i + 1) * nbytes] for i in range(count)]
 
 
 def _pages(nbytes: int) -> int:
