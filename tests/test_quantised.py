@@ -36,6 +36,7 @@ from mlx_flash.families import FAMILIES, find, projections, rowwise
 from mlx_flash.loader import load, load_model
 from mlx_flash.mixtures import find_mixture
 from mlx_flash.packed import Scheme
+from mlx_flash.pagers import slow_back_end
 from mlx_flash.slots import DTYPES
 from mlx_flash.units import plan_rows, raw
 
@@ -749,3 +750,12 @@ def test_dequantize_every_kind_of_module(tmp_path, family):
     model = load(out, cache_share=0.5)[0]
     assert relative(logits(model), logits(dense)) < 1e-4
     model.flash.close()
+
+
+@pytest.mark.parametrize(("dtype", "slow"), [("float32", False), ("bfloat16", True)])
+def test_a_slow_back_end_is_told(tmp_path, dtype, slow):
+    """Quantised products take MLX's CPU back end long in half precision; floats do not."""
+    source = make_checkpoint(tmp_path / "hf", "llama", dtype)
+    packed = ModelDirectory(convert(source, tmp_path / "packed", quantize=True))
+    assert ("--dtype float32" in slow_back_end(packed)) == slow
+    assert slow_back_end(ModelDirectory(convert(source, tmp_path / "floats"))) == ""
