@@ -185,9 +185,7 @@ def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array
     rows, layout = reader.file.layers[layer].rows, reader.file.layout
     parts = layout.parts
     dtype = DTYPES[parts[0].dtype]
-    chunk = SlotMemory(
-        reader.file.layout, min(rows, max(1, CHUNK_BYTES // reader.file.layout.stride))
-    )
+    chunk = SlotMemory(layout, min(rows, max(1, CHUNK_BYTES // layout.stride)))
     shapes = weight_shapes(ffn, rows, parts[0].width)
     weights = {name: mx.zeros(shape, UNITS[dtype.size]) for name, shape in shapes.items()}
     mx.eval(weights)
