@@ -112,8 +112,8 @@ def show(name: str, found: dict) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default=",".join(MODELS), help="names, comma separated")
-    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
-    parser.add_argument("--gen", type=int, default=32, help="decoded tokens")
+    parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
+    parser.add_argument("--gen", type=int, default=24, help="decoded tokens")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--make", action="store_true", help="make the models and stop")
     options = parser.parse_args()
