@@ -140,8 +140,12 @@ def _run_all(rams: list[int], rows: list[dict[str, Any]], settings: Any, outlook
 
     with tqdm(total=settings.total * len(rams), unit="token", desc="bench", disable=None) as bar:
         for i, ram in enumerate(rams):
-            found = bench.run(settings, ram, bar.update)
-            rows.append(bench.compare(found, outlook, settings))
+            view = outlook.view(ram)
+            if view.plan is None:
+                rows.append({"ram_bytes": ram, "error": view.reason})
+            else:
+                found = bench.run(settings, ram, bar.update)
+                rows.append(bench.compare(found, outlook, settings))
             bar.n = settings.total * (i + 1)
             bar.refresh()
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_flash import bench, cli, cli_bench, speeds
+from mlx_flash import bench, cli, cli_bench, rehearsal, speeds
 from mlx_flash.converter import convert
 from mlx_flash.errors import UsageError
+from mlx_flash.outlook import Outlook
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -26,6 +27,7 @@ def source(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(speeds, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(rehearsal, "SEQUENCES", 1)
 
 
 @pytest.fixture
@@ -104,13 +106,13 @@ def test_nothing_that_works_is_a_failure(run):
 
 
 def test_a_sweep_goes_from_the_least_to_everything():
-    class Outlook:
+    class Model:
         least, most = 300_000_000, 500_000_000
 
-    found = bench.sweep(Outlook(), 2**40)
+    found = bench.sweep(Model(), 2**40)
     assert len(found) == 6 and found == sorted(found)
     assert found[0] == 304_000_000 and found[-1] == 504_000_000
-    assert bench.sweep(Outlook(), 400_000_000)[-1] == 400_000_000
+    assert bench.sweep(Model(), 400_000_000)[-1] == 400_000_000
 
 
 def test_interrupted_the_process_is_stopped(source):
@@ -146,6 +148,7 @@ def test_interrupted_what_is_finished_is_printed(run, monkeypatch):
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(bench, "run", once)
+    monkeypatch.setattr(Outlook, "measure", lambda *_: None)
     code, out, err = run("--ram", "400MB,450MB,500MB")
     assert code == 130 and "interrupted; the budgets that were finished are above" in err
     assert len(json.loads(out.splitlines()[-1])["budgets"]) == 1
@@ -162,6 +165,11 @@ def test_a_process_that_dies_is_a_row(source, monkeypatch):
     script = "import sys; sys.exit('all is lost')"
     row = bench.run(settings(source), 400_000_000, lambda _: None)
     assert "exit code 1: all is lost" in row["error"]
+
+
+def test_a_budget_that_fails_in_its_own_process_is_a_row(source):
+    row = bench.run(settings(source), 50_000_000, lambda _: None)
+    assert row["error"].startswith("RAM budget 50.0 MB is too small") and "measured" not in row
 
 
 def test_how_a_process_ended():

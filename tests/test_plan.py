@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_flash import cli, footprint, row_use, speeds
+from mlx_flash import cli, footprint, rehearsal, row_use, speeds
 from mlx_flash.budget import Plan
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
@@ -19,6 +19,7 @@ from mlx_flash.policy import POLICIES, make_policy
 from mlx_flash.reader import RowReader
 from mlx_flash.row_use import RowUse
 from mlx_flash.speeds import DiskSpeed
+from mlx_flash.walk import book, walk
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DISK = DiskSpeed(
@@ -35,6 +36,7 @@ def source(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(speeds, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(rehearsal, "SEQUENCES", 1)
     monkeypatch.setattr(footprint, "current", lambda: 100_000_000)
     monkeypatch.setattr(footprint, "machine", lambda: 2_000_000_000)
     return tmp_path / "cache" / "mlx_flash"
@@ -192,31 +194,27 @@ def test_where_the_cache_is(name, monkeypatch, tmp_path):
     assert speeds.cache_directory(name) == tmp_path / below[name]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_misses_are_those_of_the_running_model(source, policy):
+def test_misses_are_those_of_the_running_model(source):
     """The simulation, fed with what a model was asked for, against the model's own counter."""
-    outlook = Outlook(ModelDirectory(source), 130, policy=policy)
+    outlook = Outlook(ModelDirectory(source), 130)
     outlook.measure(400_000_000)
     use = outlook.rehearsal.use
-    model = load_model(outlook.directory, context=300, predictor="gate", policy=policy,
-                       cache_share=0.1)  # fmt: skip
-    from mlx_flash.rehearsal import SEQUENCE, START
-    from mlx_flash.walk import book, walk
-
-    try:
-        tokens = book(outlook.tokenizer, SEQUENCE, START)
-        walked = walk(model, tokens[:64], tokens[64:80])
-        read = walked.spent().misses
+    tokens = book(outlook.tokenizer, rehearsal.SEQUENCE, rehearsal.START)
+    for policy in POLICIES:
+        model = load_model(
+            outlook.directory, context=300, predictor="gate", policy=policy, cache_share=0.1
+        )
+        try:
+            read = walk(model, tokens[:64], tokens[64:80]).spent().misses
+        finally:
+            model.flash.close()
         expected = 0
         for layer, slots in model.flash.plan.slots.items():
-            steps = use.prompt(layer, range(63), 2048, False)
             # The loop reads the prompt but for its last token at once.
-            steps += use.steps(layer, range(63, 81))
-            policy_ = make_policy(policy, use.rows[layer], 4)
-            expected += row_use.misses(steps, use.rows[layer], slots, policy_)[-16:].sum()
+            steps = use.prompt(layer, range(63), 2048, False) + use.steps(layer, range(63, 81))
+            rule = make_policy(policy, use.rows[layer], 4)
+            expected += row_use.misses(steps, use.rows[layer], slots, rule)[-16:].sum()
         assert read == pytest.approx(expected, rel=0.05) and read > 0
-    finally:
-        model.flash.close()
 
 
 def test_a_trace_survives_being_kept():
