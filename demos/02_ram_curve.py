@@ -11,7 +11,8 @@ def main() -> None:
     model, curve = str(smollm2()), OUT / "ram_curve.png"
     mlx_flash("plan", "--model", model, "--ram", "400MB")
     mlx_flash(
-        "bench", "--model", model, "--ram", "sweep", "--prompt-tokens", "64", "--gen-tokens", "48",
+        "bench", "--model", model, "--ram", "sweep", "--prompt-tokens", "32", "--gen-tokens", "32",
+        "--repeats", "2",
         "--json", str(OUT / "ram_curve.json"), "--plot", str(curve),
     )  # fmt: skip
     print(f"\nThe curve: {curve}")

@@ -225,8 +225,8 @@ def _sources(found: dict[str, Any]) -> list[str]:
             "Persuasion"
             + ("; misses from experts.json" if found["measured"]["misses_from_calibration"] else "")
         )
-    lines.append(
-        "Assumed: your text needs rows as that one does, the disk stays as fast, the context is "
-        "short (attention over a long one takes longer). --remeasure measures again"
-    )
+    lines += [
+        "Assumed: your text needs rows as that one does, the disk stays as fast, the context is",
+        "  short (attention over a long one takes longer). --remeasure measures again",
+    ]
     return lines
