@@ -10,7 +10,7 @@ stops.
     ours, low-rank     the paper's predictors; ReLU
     mlx-lm             dense, mapped and then in memory; SwiGLU
     llama.cpp          llama-cpp-python, mapped GGUF, float16; SwiGLU
-    accelerate         transformers with accelerate's disk offload, float16; SwiGLU
+    accelerate         transformers with accelerate's disk offload, float16; ReLU
     nunspark           0.13.0, streams layers; SwiGLU
 
 Both variants have matrices of the same sizes, so a dense program takes the same time for either;
@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -54,12 +56,16 @@ PACKAGES = {
     "mlx": [],  # the environment that runs this script
     "llama": ["llama-cpp-python", "numpy"],
     "torch": ["torch==2.13.0", "transformers", "accelerate", "safetensors"],
-    "nunspark": ["nunspark==0.13.0", "mlx[cpu]>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
+    "nunspark": ["nunspark==0.13.0", "mlx[cpu]==0.32.4", "mlx-lm[cpu]==0.32.2"],
 }
 EXTRA = 300_000_000  # bytes on top of the model's share: interpreters and libraries
 SLACK = 150_000_000  # of ours: a process near its limit loses its own library pages
 TORCH = 650_000_000  # what torch and transformers take, and what a layer does on its way
 WATCH = 0.05  # seconds between two looks at the group's memory
+WHOLE = 8 << 30  # the group of a run without limit; only its memory is counted
+LEAST = 30_000_000  # bytes, of a budget that would be less or nothing
+PATIENCE, TIMED_OUT = 240, 1000  # seconds for a run; the exit code that says it took longer
+SMALL_EXTRA = 500_000_000  # of --small, whose share is less than an interpreter
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ PROGRAMS = (
     Program("low-rank", "ours", "mlx", "relu-rows", SLACK, (("predictor", "low-rank"),)),
     Program("mlx-lm", "mlx-lm", "mlx", "silu-mlx"),
     Program("llama.cpp", "llama.cpp", "llama", "silu.gguf"),
-    Program("accelerate", "accelerate", "torch", "silu", TORCH),
+    Program("accelerate", "accelerate", "torch", "relu", TORCH),
     Program("nunspark", "nunspark", "nunspark", "silu-nunspark", EXTRA + 250_000_000),
     Program("nunspark, all", "nunspark", "nunspark", "silu-nunspark", EXTRA),
 )
@@ -165,13 +171,45 @@ class Watch:
         self._thread.join()
 
 
-def drop_page_cache() -> None:
+def drop_page_cache() -> bool:
+    """Whether it was allowed."""
     subprocess.run(["sync"], check=True)
-    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+    except OSError:
+        return False
+    return True
+
+
+def word(output: str) -> str:
+    """The message of the exception that ended a program."""
+    lines = [line for line in output.strip().splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (raised or lines or ["no word"])[-1][:200]
+
+
+def process(python: Path, job: dict[str, Any], limit: int) -> tuple[int, str, int]:
+    """Exit code, output and peak of anonymous memory of one program in a group of its own."""
+    with common.cgroup(limit) as group, Watch(group) as watch:
+        # The shell enters the group, so that all of the program's memory is counted there.
+        start = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', group]
+        child = subprocess.Popen(
+            [*start, str(python), str(HERE / "other_programs.py"), json.dumps(job)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            output, _ = child.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            return TIMED_OUT, "", watch.peak
+        return child.returncode, output, watch.peak
 
 
 def run(
-    program: Program, model: Path, limit: int | None, tokens: int, config: dict[str, Any]
+    program: Program, model: Path, limit: int | None, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One program under one limit (None for no limit)."""
     python = environment(program.environment)
@@ -181,62 +219,95 @@ def run(
         prepare(program, model, python)
     except RuntimeError as error:
         return {"failed": f"could not take the model: {error}"}
+    config = json.loads((model / "silu" / "config.json").read_text())
     job: dict[str, Any] = {
         "program": program.program,
         "path": str(model / program.model),
         "prompt": config["flash_prompt"],
-        "tokens": tokens,
+        "tokens": options.tokens,
+        "seconds": options.seconds,
         **dict(program.extra),
     }
-    whole = 8 << 30
     if program.under is not None and (limit is not None or program.program == "nunspark"):
-        job["ram"] = (limit or whole) - program.under
+        job["ram"] = max((limit or WHOLE) - program.under, LEAST)
     if program.program == "accelerate":
         job["folder"] = str(OUT / "offload")
         shutil.rmtree(job["folder"], ignore_errors=True)
-    drop_page_cache()
-    with common.cgroup(limit or whole) as group, Watch(group) as watch:
-        command = [str(python), str(HERE / "other_programs.py"), json.dumps(job)]
-        began = time.perf_counter()
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", common.RUNNER, group, *command],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-        except subprocess.TimeoutExpired:
-            return {"failed": "not done within 10 minutes"}
-    code, output, _ = json.loads(done.stdout)
-    result: dict[str, Any] = {"peak": watch.peak, "budget": job.get("ram")}
-    if code == -9:
-        return result | {"failed": "killed: out of memory"}
+    result: dict[str, Any] = {"limit": limit, "budget": job.get("ram")}
+    result["cache_dropped"] = drop_page_cache()
+    result["fio"] = common.fio(model / "silu-rows" / "ffn_rows.safetensors", 2 << 20, 8, seconds=1)
+    code, output, result["peak"] = process(python, job, limit or WHOLE)
+    if code == TIMED_OUT:
+        return result | {"failed": f"not done within {PATIENCE} s"}
+    if code < 0:
+        return result | {"failed": "killed (out of memory)" if code == -9 else f"signal {-code}"}
     if code:
-        return result | {"failed": (output.strip().splitlines() or ["no word"])[-1]}
+        return result | {"failed": word(output)}
     found = json.loads(output.strip().splitlines()[-1])
     steps = [b - a for a, b in zip(found["seconds"], found["seconds"][1:], strict=False)]
-    want = config["flash_text"][:tokens]
+    same = [a == b for a, b in zip(found["tokens"], config["flash_text"], strict=False)]
     return result | {
         "seconds": statistics.median(steps),
         "spread": [min(steps), max(steps)],
         "read": (found["read"][-1] - found["read"][0]) / len(steps),
-        "same": sum(a == b for a, b in zip(found["tokens"], want, strict=False)),
-        "tokens": tokens,
-        "wall": time.perf_counter() - began,
+        "same": sum(same),
+        "tokens": len(same),
+        "stats": found.get("stats"),
     }
 
 
-def line(name: str, limit: str, found: dict[str, Any], alone: dict[str, Any] | None) -> str:
-    start = f"| {limit} | {name} |"
+HEAD = """\
+| memory | program | s per token (least to most) | over its own without limit | read per token \
+| anonymous memory | tokens right | fio |
+|---|---|---|---|---|---|---|---|"""
+
+
+def line(name: str, found: dict[str, Any], alone: dict[str, Any]) -> str:
+    limit = found.get("limit")
+    start = f"| {'no limit' if limit is None else f'{limit / 1e9:.2f} GB'} | {name} |"
+    fio = f"{found['fio'] / 1e9:.1f} GB/s" if "fio" in found else ""
     if "failed" in found:
-        return f"{start} {found['failed']} | | | | |"
-    own = "" if not alone or "failed" in alone else f"{found['seconds'] / alone['seconds']:.2f}"
+        return f"{start} {found['failed']} | | | | | {fio} |"
+    own = f"{found['seconds'] / alone['seconds']:.2f}" if "seconds" in alone else ""
     return (
         f"{start} {found['seconds']:.3f} ({found['spread'][0]:.3f} to {found['spread'][1]:.3f}) | "
         f"{own} | {found['read'] / 1e6:.0f} MB | {found['peak'] / 1e9:.2f} GB | "
-        f"{found['same']} of {found['tokens']} |"
+        f"{found['same']} of {found['tokens']} | {fio} |"
     )
+
+
+def ratios(runs: dict[str, Any]) -> list[str]:
+    """What was asked for, as far as it was measured: times as fast, at 50 %."""
+
+    def seconds(name: str, share: str) -> float:
+        return runs.get(name, {}).get(share, {}).get("seconds", math.nan)
+
+    asked = [
+        ("low-rank against llama.cpp, 50 %", seconds("llama.cpp", "50"), "50", 3),
+        ("low-rank against accelerate, 50 %", seconds("accelerate", "50"), "50", 3),
+        ("low-rank against nunspark, 50 %", seconds("nunspark", "50"), "50", 4),
+        ("low-rank at 50 % against mlx-lm with all memory", seconds("mlx-lm", "100"), "50", 2),
+    ]
+    lines = [
+        f"{what}: {other / seconds('low-rank', share):.2f} times as fast (wanted {least})"
+        for what, other, share, least in asked
+    ]
+    streaming = seconds("nunspark", "50") / seconds("streaming", "50")
+    lines.append(f"streaming against nunspark, 50 %: {streaming:.2f} times as fast (wanted 1.3)")
+    for name, text in (("low-rank", " (wanted at most 1.5)"), ("llama.cpp", "")):
+        grows = seconds(name, "35") / seconds(name, "75")
+        lines.append(f"{name} from 75 to 35 %: {grows:.2f} times the time{text}")
+    return [text for text in lines if "nan" not in text]
+
+
+def table(results: dict[str, Any]) -> str:
+    runs = results["runs"]
+    lines = [f"{results['machine']}, {results['date']}. {results['command']}", "", HEAD]
+    for share in sorted({share for found in runs.values() for share in found}, key=int)[::-1]:
+        for name, found in runs.items():
+            if share in found:
+                lines.append(line(name, found[share], found.get("100", {})))
+    return "\n".join([*lines, "", *(f"- {text}" for text in ratios(runs))]) + "\n"
 
 
 def main() -> None:
@@ -246,39 +317,43 @@ def main() -> None:
     parser.add_argument("--only", help="names of programs, with commas between them")
     parser.add_argument("--limits", default="100,75,50,35", help="%% of the file; 100: no limit")
     parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--results", type=Path, help="JSON file that results are added to")
+    parser.add_argument("--seconds", type=float, default=45, help="stop a slow program after this")
+    parser.add_argument("--results", type=Path, help="JSON file that is added to; a .md beside it")
     options = parser.parse_args()
     if common.cgroup_root() is None:
         sys.exit("no memory cgroup can be made here (Linux and root are needed); nothing was run")
+    if not shutil.which("fio"):
+        sys.exit("fio is not installed (Debian: apt-get install fio); nothing was run")
     known = {program.name: program for program in PROGRAMS}
     names = options.only.split(",") if options.only else list(known)
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"no programs {', '.join(unknown)}; there are {', '.join(known)}")
     model = options.model or OUT / ("llama-small" if options.small else "llama-1.1b")
     make(model, SMALL if options.small else Shape())
-    config = json.loads((model / "silu" / "config.json").read_text())
     size = sum(file.stat().st_size for file in (model / "silu").glob("*.safetensors"))
+    extra = SMALL_EXTRA if options.small else EXTRA
     results: dict[str, Any] = {}
     if options.results and options.results.exists():
         results = json.loads(options.results.read_text())
-    results |= {"machine": common.machine(), "date": date.today().isoformat(), "file_bytes": size}
+    results |= {
+        "machine": common.machine(),
+        "date": date.today().isoformat(),
+        "command": "`python benchmarks/against_others.py`",
+        "file_bytes": size,
+    }
     runs = results.setdefault("runs", {})
-    disk = results.setdefault("fio_bytes_per_second", {})
-    print(f"{results['machine']}, {results['date']}; the file has {size / 1e9:.2f} GB\n")
-    print("| memory | program | s per token | of its own without limit | read per token | anonymous")
+    print(f"{results['machine']}, {results['date']}; the file has {size / 1e9:.2f} GB\n\n{HEAD}")
     for share in options.limits.split(","):
-        limit = None if share == "100" else int(size * int(share) / 100) + EXTRA
-        disk[share] = common.fio(model / "silu-rows" / "ffn_rows.safetensors", 2 << 20, 8)
-        shown = "no limit" if limit is None else f"{share} %, {limit / 1e9:.2f} GB"
-        print(f"fio, 2 MiB direct reads by 8 threads: {disk[share] / 1e9:.2f} GB/s", flush=True)
+        limit = None if share == "100" else int(size * int(share) / 100) + extra
         for name in names:
-            found = run(known[name], model, limit, options.tokens, config)
+            found = run(known[name], model, limit, options)
             runs.setdefault(name, {})[share] = found
-            print(line(name, shown, found, runs[name].get("100")), flush=True)
+            print(line(name, found, runs[name].get("100", {})), flush=True)
             if options.results:
                 options.results.parent.mkdir(exist_ok=True)
                 options.results.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n" + json.dumps(results))
+                options.results.with_suffix(".md").write_text(table(results))
+    print("", *ratios(runs), "", json.dumps(results), sep="\n")
 
 
 if __name__ == "__main__":

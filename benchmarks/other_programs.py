@@ -1,10 +1,12 @@
 """One program generates from one model, in a process and a virtual environment of its own.
 
-    python other_programs.py '{"program": "llama.cpp", "path": ..., "prompt": [...], "tokens": 24}'
+    python other_programs.py '{"program": "llama.cpp", "path": ..., "prompt": [...], "tokens": 24,
+                               "seconds": 90}'
 
 Prints one JSON line: the tokens, when each came, and the bytes that the process had read from the
 disk by then (``read_bytes`` of ``/proc/self/io``: direct reads, buffered ones that missed the page
-cache, and faults of mapped files alike).
+cache, and faults of mapped files alike). Stops after ``tokens`` tokens, or ``seconds`` after the
+first one.
 
 Knows: how each program is called. Does not know: limits, how models are made (``against_others``).
 Imports nothing of ours, so that it runs where only the other program is installed.
@@ -12,6 +14,7 @@ Imports nothing of ours, so that it runs where only the other program is install
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -39,7 +42,11 @@ def ours(job: dict[str, Any]) -> Tokens:
     model, tokenizer = load(
         job["path"], job.get("ram"), predictor=job["predictor"], context=context
     )
+    before = None
     for response in stream_generate(model, tokenizer, job["prompt"], max_tokens=job["tokens"]):
+        if hasattr(model, "flash"):
+            before = before or model.flash.stats()
+            job["stats"] = lambda: dataclasses.asdict(model.flash.stats() - before)
         yield response.token
 
 
@@ -112,7 +119,12 @@ def main() -> None:
         tokens.append(token)
         seconds.append(time.perf_counter())
         read.append(bytes_read())
-    print("\n" + json.dumps({"tokens": tokens, "seconds": seconds, "read": read}), flush=True)
+        if seconds[-1] - seconds[0] > job["seconds"]:
+            break
+    found = {"tokens": tokens, "seconds": seconds, "read": read}
+    if "stats" in job:
+        found["stats"] = job["stats"]()
+    print("\n" + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

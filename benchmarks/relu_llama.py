@@ -13,8 +13,9 @@ attention and FFNs have made of the hidden state there. So no token repeats, mar
 float types give the same text), and a program that leaves the FFN out loses the thread.
 
 Two checkpoints come out: ``relu`` and ``silu``, with the same layers (hard links) and another head.
-Programs that compute SwiGLU whatever the config says are given the second one; all matrices have the
-same sizes.
+Programs that compute SwiGLU whatever the config says (mlx-lm, llama.cpp, nunspark) are given the
+second one. All matrices have the same sizes, and a dense program's time does not depend on the
+activation, so speeds may be compared across the two.
 
     python benchmarks/relu_llama.py --out benchmarks/out/llama-1.1b            # 2.2 GB
     python benchmarks/relu_llama.py --out benchmarks/out/llama-small --small   # 0.1 GB
@@ -306,7 +307,7 @@ def write_gguf(source: Path, target: Path) -> None:
     """The llama checkpoint as llama.cpp reads it: float16, its rows of q and k in pairs."""
     config = json.loads((source / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(str(target), "llama")
+    writer = gguf.GGUFWriter(str(target), "llama", use_temp_file=True)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -334,7 +335,7 @@ def write_gguf(source: Path, target: Path) -> None:
                 data = np.ascontiguousarray(pairs.reshape(data.shape))
             if data.ndim == 1:
                 data = data.astype(np.float32)
-            writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", data)
+            writer.add_tensor(names.get_name(name, (".weight",)), data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
