@@ -53,7 +53,8 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--lookahead",
         action=argparse.BooleanOptionalAction,
-        help="of mixtures: read ahead what the next layer's router would choose",
+        help="read ahead what the next layer's low-rank predictor names (default), or, of mixtures, "
+        "what its router would choose (default: no)",
     )
     generate.add_argument(
         "--ignore-chat-template",
@@ -70,8 +71,6 @@ def run_generate(args: argparse.Namespace) -> int:
     from .directory import ModelDirectory
 
     directory = ModelDirectory(args.model)
-    if args.lookahead and not directory.mixture:
-        raise UsageError(f"--lookahead is for mixtures of experts, {args.model} is none")
     from .loader import load_model, load_tokenizer
     from .pagers import slow_back_end
 
@@ -317,10 +316,15 @@ def _experts_line(flash: dict[str, Any]) -> str:
         f"Experts: {asked:.1f} of {most} asked for per layer and step, "
         f"{100 * flash['cached_rows'] / sum(flash['rows']):.1f} % in slots; exact"
     )
-    if not flash["lookahead"]:
-        return line
-    share = 100 * flash["useful"] / max(flash["foretold"], 1)
-    return line + f"; {flash['foretold']} read ahead, {share:.0f} % of them needed"
+    return line + _ahead(flash)
+
+
+def _ahead(flash: dict[str, Any]) -> str:
+    """What was read ahead, where anything was."""
+    if not flash["foretold"]:
+        return ""
+    share = 100 * flash["useful"] / flash["foretold"]
+    return f"; {flash['foretold']} read ahead, {share:.0f} % of them needed"
 
 
 def _predictor_line(flash: dict[str, Any]) -> str:
@@ -328,7 +332,8 @@ def _predictor_line(flash: dict[str, Any]) -> str:
     calls = sum(flash["rows"]) / len(flash["rows"]) * max(flash["layer_calls"], 1)
     line = (
         f"Predictor: {flash['predictor']}, {100 * flash['predicted'] / calls:.1f} % of the rows "
-        f"asked for, {100 * flash['cached_rows'] / sum(flash['rows']):.1f} % cached; "
+        f"asked for, {100 * flash['cached_rows'] / sum(flash['rows']):.1f} % cached"
+        f"{_ahead(flash)}; "
     )
     if flash["exact"]:
         return line + "exact"

@@ -39,15 +39,17 @@ from .budget import (
 )
 from .cache import RowCache
 from .directory import ModelDirectory
-from .errors import BudgetError
+from .errors import BudgetError, PredictorError
 from .needs import MLX_CACHE, foreign_errors, needs_of, sparse_needs, tokens_in
 from .policy import DEFAULT_POLICY, DEFAULT_WINDOW, Policy, SlidingWindow, make_policy
 from .reader import ReadStats, RowReader
+from .row_stream import RowStream
 from .selection import Selection, select
-from .sparse import RowStream, SparseStats
+from .sparse import SparseStats
 from .stream import LayerStream
 
-LOOKAHEAD = False  # see benchmarks/mixture.py
+# Whether to read ahead by default: see benchmarks/sparse_speed.py and benchmarks/mixture.py.
+LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
 
 
 @dataclasses.dataclass
@@ -252,8 +254,9 @@ def load(
         window: tokens that the policy "window" keeps rows for.
         cache_share: for experiments, the share of every layer's rows that the cache holds, instead
             of what the budget would buy.
-        lookahead: of mixtures, whether to read ahead what the next layer's router would choose;
-            None takes the default.
+        lookahead: whether to read ahead what the next layer's low-rank predictor names, or, of
+            mixtures, what its router would choose; None takes the default: yes for predictors, no
+            for mixtures.
 
     With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
     used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
@@ -310,6 +313,12 @@ def load_model(
         raise BudgetError("kept_share is for models without experts; give cache_share")
     predicts = use_flash and kept_share is None
     selection = select(directory, predictor) if predicts else None
+    kind = selection.kind if selection else "none"
+    if lookahead and kind != "low-rank" and not directory.mixture:
+        raise PredictorError(
+            f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "
+            f"predictor {kind}; leave it out"
+        )
     reader = RowReader(directory.rows)
     try:
         needs = needs_of(directory, reader, context)
@@ -322,7 +331,7 @@ def load_model(
             plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
         policies = functools.partial(make_policy, policy, window=window)
         if lookahead is None:
-            lookahead = LOOKAHEAD
+            lookahead = LOOKAHEAD[directory.unit]
         flash = Flash(directory, plan, reader, selection, policies, lookahead)
         if ram is not None:
             mx.set_cache_limit(MLX_CACHE)

@@ -23,9 +23,9 @@ from .errors import FlashError, ModelError
 from .ffn import CHUNK_BYTES
 from .packed import without
 from .reader import RowReader
+from .row_stream import chunk_rows
 from .selection import Selection
 from .slots import slot_bytes
-from .sparse import chunk_rows
 
 DEFAULT_CONTEXT = 2048
 KV_STEP = 256  # mlx-lm's KV caches grow by so many tokens
