@@ -42,11 +42,10 @@ def ours(job: dict[str, Any]) -> Tokens:
     model, tokenizer = load(
         job["path"], job.get("ram"), predictor=job["predictor"], context=context
     )
-    before = None
+    flash, first = model.flash, []
+    job["stats"] = lambda: dataclasses.asdict(flash.stats() - first[0])
     for response in stream_generate(model, tokenizer, job["prompt"], max_tokens=job["tokens"]):
-        if hasattr(model, "flash"):
-            before = before or model.flash.stats()
-            job["stats"] = lambda: dataclasses.asdict(model.flash.stats() - before)
+        first.append(flash.stats())
         yield response.token
 
 
@@ -99,7 +98,7 @@ def nunspark(job: dict[str, Any]) -> Tokens:
     from nunspark.manifest import Manifest
 
     root = Path(job["path"])
-    engine = StreamingEngine(root, Manifest.load(root), budget_bytes=job["ram"])
+    engine = StreamingEngine(root, Manifest.load(root / "manifest.json"), budget_bytes=job["ram"])
     yield from stream_generate(engine, job["prompt"], max_tokens=job["tokens"])
 
 
