@@ -53,8 +53,8 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--lookahead",
         action=argparse.BooleanOptionalAction,
-        help="read ahead what the next layer's low-rank predictor names (default), or, of mixtures, "
-        "what its router would choose (default: no)",
+        help="read ahead what the next layer's low-rank predictor names (default: yes), or, of "
+        "mixtures, what its router would choose (default: no)",
     )
     generate.add_argument(
         "--ignore-chat-template",

@@ -186,8 +186,9 @@ class RowStream:
         forgotten when anything else is asked for. More rows than a buffer holds are not foretold.
         """
         self.forget()
-        self.guesses.setdefault(layer, Guesses())
+        guesses = self.guesses.setdefault(layer, Guesses())
         if not 0 < rows.size <= self.capacity(layer):
+            guesses.count(rows.size, 0)
             return
         buffer = self._buffer(layer)
         self._free()
