@@ -33,6 +33,7 @@ Knows: programs, limits, what is measured. Does not know: how the programs are c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -258,6 +259,14 @@ def run(
     }
 
 
+def middle(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The run of median time among those of earlier rounds and this one."""
+    rounds = [*before.get("rounds", []), found]
+    done = sorted((x for x in rounds if "seconds" in x), key=lambda x: x["seconds"])
+    chosen = done[len(done) // 2] if done else found
+    return chosen | {"rounds": rounds}
+
+
 HEAD = """\
 | memory | program | s per token (least to most) | over its own without limit | read per token \
 | anonymous memory | tokens right | fio |
@@ -318,7 +327,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a model of 0.1 GB")
     parser.add_argument("--only", help="names of programs, with commas between them")
     parser.add_argument("--limits", default="100,75,50,35", help="%% of the file; 100: no limit")
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=1, help="in turns; the median run is told")
     parser.add_argument("--seconds", type=float, default=45, help="stop a slow program after this")
     parser.add_argument("--results", type=Path, help="JSON file that is added to; a .md beside it")
     options = parser.parse_args()
@@ -345,13 +355,14 @@ def main() -> None:
     }
     runs = results.setdefault("runs", {})
     print(f"{results['machine']}, {results['date']}; the file has {size / 1e9:.2f} GB\n\n{HEAD}")
-    for share in options.limits.split(","):
+    for share, turn in itertools.product(options.limits.split(","), range(options.rounds)):
         limit = None if share == "100" else int(size * int(share) / 100) + extra
         for name in names:
             if limit is None and name == "nunspark-all":  # the same as nunspark
                 continue
             found = run(known[name], model, limit, options)
-            runs.setdefault(name, {})[share] = found
+            kept = runs.setdefault(name, {})
+            kept[share] = middle(kept.get(share, {}) if turn else {}, found)
             print(line(name, found, runs[name].get("100", {})), flush=True)
             if options.results:
                 options.results.parent.mkdir(exist_ok=True)
