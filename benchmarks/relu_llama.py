@@ -49,7 +49,6 @@ ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "mlx_flash" / "data" / "persuasion.txt"
 PROMPT, LENGTH = 16, 320  # tokens; prompt and continuation together
 FIRST_ID = 600  # tokens before that are letters, marks and merges
-ACTIVE, PREDICTED = 0.10, 0.13  # of the rows, on average
 SPREAD, MOST = 2.0, 0.95  # log-normal: standard deviation; rate of the busiest neuron
 COMMON = 1.0  # size of the direction that all embeddings share, against the rest
 ATTENTION_SCALE, FFN_SCALE = 0.4, 0.25  # what a block adds, against an embedding of 1
@@ -67,18 +66,20 @@ class Shape:
     kv_heads: int = 4
     vocab: int = 32000
     rank: int = 128
+    active: float = 0.10  # of the rows, on average
+    predicted: float = 0.13
 
 
 SMALL = Shape(512, 1408, 8, 8, 2, 32000, 64)
 
 
-def frequencies(random: np.random.Generator, rows: int) -> np.ndarray:
-    """How often each neuron is to fire: log-normal, ``ACTIVE`` on average."""
+def frequencies(random: np.random.Generator, rows: int, active: float) -> np.ndarray:
+    """How often each neuron is to fire: log-normal, ``active`` on average."""
     shape = np.exp(SPREAD * random.standard_normal(rows))
     low, high = 0.0, 10.0
     for _ in range(60):
         middle = (low + high) / 2
-        less = np.minimum(MOST, middle * shape).mean() < ACTIVE
+        less = np.minimum(MOST, middle * shape).mean() < active
         low, high = (middle, high) if less else (low, middle)
     return np.clip(low * shape, 1e-6, MOST)
 
@@ -174,11 +175,11 @@ class Maker:
         second[:, -1] = 0
         lean = (seen @ self.common).mean()
         inputs = (seen @ first.T) @ second.T
-        often = frequencies(self.random, shape.rows)
+        often = frequencies(self.random, shape.rows, shape.active)
         wanted = -(inputs.mean(axis=0) + inputs.std(axis=0) * self._quantile(1 - often))
         second[:, -1] = wanted / lean
         inputs = (seen @ first.T) @ second.T
-        margin = float(np.quantile(inputs, 1 - PREDICTED))
+        margin = float(np.quantile(inputs, 1 - shape.predicted))
         gate = second @ first
         up = self.normal(shape.rows, d, scale=d**-0.5)
         down = self.beside(self.normal(d, shape.rows))

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 
-from . import expert_file, footprint, pagers
+from . import embedding, expert_file, footprint, pagers
 from .architectures import get_classes
 from .budget import (
     Needs,
@@ -99,6 +99,7 @@ class Flash:
         )
         self.max_tokens: int | None = None
         self._forwards = 0
+        self._embedding: embedding.FlashEmbedding | None = None
         self._lock = threading.Lock()
 
     @property
@@ -148,6 +149,8 @@ class Flash:
         if self.stream:
             self.stream.close()
         self.reader.close()
+        if self._embedding is not None:
+            self._embedding.close()
 
     def weights(
         self,
@@ -174,7 +177,10 @@ class Flash:
 
     def start(self, model: nn.Module) -> None:
         """Put the paged FFNs in place, then take the resident weights into memory."""
-        model.update_modules(tree_unflatten(list(self.pager.start().items())))
+        modules = self.pager.start()
+        if self.plan.lookup and (found := embedding.find(self.directory)):
+            self._embedding = modules[embedding.PATH] = embedding.FlashEmbedding(found)
+        model.update_modules(tree_unflatten(list(modules.items())))
         mx.eval(model.parameters())
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
@@ -366,7 +372,9 @@ def _choose(
                 f"the dense model needs {show(needs.dense)}, the RAM budget is {show(budget)}; "
                 "run it without --dense, or with a larger budget"
             )
-        return Plan(budget, kept, chosen, needs.max_step, needs.table(needs.max_step, kept))
+        lookup = bool(chosen)
+        table = needs.table(needs.max_step, kept, lookup)
+        return Plan(budget, kept, chosen, needs.max_step, table, lookup=lookup)
     return make_plan(budget, needs, footprint.machine())
 
 
