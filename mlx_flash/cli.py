@@ -1,4 +1,4 @@
-"""The command line: convert, generate, inspect, verify.
+"""The command line: convert, generate, inspect, verify; more commands in ``cli_*``.
 
 Knows: flags, what is printed, exit codes (0 well, 1 damage or a failing disk, 2 a request that
 cannot be carried out, 130 interrupted). Does not know: how any of it is done. Heavy imports wait
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_calibrate, cli_generate
+from . import __version__, cli_bench, cli_calibrate, cli_generate, cli_plan
 from .errors import DamagedError, FlashError, UsageError
 
 MODES = ("affine", "mxfp4", "mxfp8")
@@ -67,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", required=True, help="model directory")
     verify.set_defaults(run=run_verify)
     cli_calibrate.add(commands)
+    cli_plan.add(commands)
+    cli_bench.add(commands)
     return parser
 
 

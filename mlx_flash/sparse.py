@@ -151,6 +151,12 @@ class SparseMLP(nn.Module):
             self._foresight(hidden)
         return y
 
+    def wanted(self, x: mx.array) -> list[np.ndarray]:
+        """Rows that each token of x [..., d_model] is taken to need, for those who record it."""
+        hidden = self.mlp[self._ffn.norm](x) if self._ffn.norm else x
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        return [self._predictor(tokens[i : i + 1]).rows for i in range(tokens.shape[0])]
+
     def _compute(self, x: mx.array, prediction: Prediction, args: Any, kwargs: Any) -> mx.array:
         """The FFN over the predicted rows."""
         provides = self._predictor.provides
