@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_calibrate, cli_generate
+from . import __version__, cli_calibrate, cli_generate, cli_reorder
 from .errors import DamagedError, FlashError, UsageError
 
 MODES = ("affine", "mxfp4", "mxfp8")
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", required=True, help="model directory")
     verify.set_defaults(run=run_verify)
     cli_calibrate.add(commands)
+    cli_reorder.add(commands)
     return parser
 
 

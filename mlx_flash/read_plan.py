@@ -9,6 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Of the Linux disk measured (benchmarks/row_order.py): what a request takes besides its bytes.
+REQUEST_SECONDS, BYTES_PER_SECOND = 16e-6, 1.0e9
+
+
+def gap_bytes(
+    request_seconds: float = REQUEST_SECONDS, bytes_per_second: float = BYTES_PER_SECOND
+) -> int:
+    """How many unwanted bytes are read in the time that one more request takes."""
+    if not (request_seconds >= 0 and bytes_per_second > 0):
+        raise ValueError(
+            f"a request takes {request_seconds} s and a byte 1 / {bytes_per_second} s: "
+            "expected times that are not negative"
+        )
+    return int(request_seconds * bytes_per_second)
+
 
 class Request(NamedTuple):
     """One contiguous read: rows ``start`` to ``stop`` of a layer.
