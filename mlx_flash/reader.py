@@ -33,12 +33,12 @@ from .direct_io import open_direct
 from .errors import DamagedError, ReadError
 from .layout import PAGE, RowLayout
 from .prepared import PreparedRead, iovec, prepare, where
-from .read_plan import Request, as_slice, cut, plan
+from .read_plan import Request, as_slice, cut, gap_bytes, plan
 from .rows import RowFile
 
 THREADS = 32
 REQUEST_BYTES = 2 << 20
-GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another request
+GAP_BYTES = gap_bytes()  # reading this much for nothing costs no more than another request
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
 STAGING_BUFFERS = 8
 BEHIND = 2  # requests under way that nobody waits for yet
