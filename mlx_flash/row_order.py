@@ -20,7 +20,7 @@ import numpy as np
 
 from .cache import SlotTable
 from .policy import Policy
-from .read_plan import plan
+from .read_plan import plan_scattered
 
 NEIGHBOURS = 32  # of each row, so many pairs are considered
 TOKENS_AT_ONCE = 512
@@ -158,7 +158,8 @@ def reads(
     most = max(1, request_bytes // stride)
     requests = nbytes = 0
     for rows in wanted:
-        found = plan(np.sort(place[rows]), max_rows=most, gap=gap)
+        few, long = plan_scattered(np.sort(place[rows]), max_rows=most, gap=gap)
+        found = few + long
         requests += len(found)
         nbytes += stride * sum(request.stop - request.start for request in found)
         nbytes -= skipped * len(found)

@@ -26,7 +26,7 @@ from mlx_flash.errors import (
 )
 from mlx_flash.loader import load, load_model
 from mlx_flash.predictor_file import LayerPredictor, Predictors
-from mlx_flash.read_plan import gap_bytes, plan
+from mlx_flash.read_plan import SCATTER_ROWS, STAGED_SHARE, gap_bytes, plan, plan_scattered
 from mlx_flash.resident_rows import write_permuted
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -362,3 +362,19 @@ def test_full_disk(copy, monkeypatch):
         reorder.reorder(copy, tokens=TOKENS)
     assert content(copy) == before
     assert [file.name for file in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 1])
+def test_long_requests_are_mostly_wanted(share):
+    """Every row is read once; what is joined across gaps stays short, or is worth staging."""
+    rows = np.flatnonzero(np.random.default_rng(0).random(500) < share)
+    few, long = plan_scattered(rows, max_rows=100, gap=10)
+    found = [row for one in few + long for row in rows[one.first : one.last].tolist()]
+    assert sorted(found) == rows.tolist()
+    for one in few + long:
+        assert (one.start, one.stop) == (rows[one.first], rows[one.last - 1] + 1)
+        assert one.stop - one.start <= 100
+    assert all(one.stop - one.start <= SCATTER_ROWS for one in few)
+    assert all(one.last - one.first >= STAGED_SHARE * (one.stop - one.start) for one in long)
+    assert bool(long) == (share >= 0.3)
+    assert len(few) + len(long) < rows.size
