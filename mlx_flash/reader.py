@@ -33,13 +33,12 @@ from .direct_io import open_direct
 from .errors import DamagedError, ReadError
 from .layout import PAGE, RowLayout
 from .prepared import PreparedRead, iovec, prepare, where
-from .read_plan import Request, as_slice, cut, plan
+from .read_plan import Request, as_slice, cut, gap_bytes, plan, plan_scattered
 from .rows import RowFile
 
 THREADS = 32
 REQUEST_BYTES = 2 << 20
-GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another request
-SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
+GAP_BYTES = gap_bytes()  # reading this much for nothing costs no more than another request
 STAGING_BUFFERS = 8
 BEHIND = 2  # requests under way that nobody waits for yet
 
@@ -198,9 +197,11 @@ class RowReader:
                 read.scattered.extend(pieces)
             return read
         gap = self.gap_bytes // layout.stride
-        for request in plan(rows, max_rows=self.max_rows(layout), gap=gap):
-            few = layout.scatters and request.stop - request.start <= SCATTER_ROWS
-            (read.scattered if few else read.staged).append(request)
+        most = self.max_rows(layout)
+        if layout.scatters:
+            read.scattered, read.staged = plan_scattered(rows, max_rows=most, gap=gap)
+        else:
+            read.staged = plan(rows, max_rows=most, gap=gap)
         return read
 
     def submit(self, layer: int, read: PreparedRead, behind: bool = False) -> list[Future[None]]:

@@ -36,10 +36,11 @@ from .slots import UNITS
 MARKER = "calibration.key"
 STATE = "recorded.json"
 MARGIN_BYTES = 64 << 20
-# Kind of predictor -> what is recorded of each part of the text.
+# Kind of predictor, or of other use -> what is recorded of each part of the text.
 FILES = {
     "low-rank": {"train": ("x", "active"), "validation": ("x", "active", "h")},
     "threshold": {"train": ("x",), "validation": ("x", "gate", "h")},
+    "rows": {"train": ("active",), "held_out": ("active",)},  # of ``row_demand``
 }
 
 

@@ -23,6 +23,7 @@ from mlx_flash import aio, direct_io
 from mlx_flash import reader as module
 from mlx_flash.direct_io import open_direct
 from mlx_flash.errors import DamagedError, ReadError
+from mlx_flash.read_plan import SCATTER_ROWS
 from mlx_flash.reader import ReadStats, Request, RowReader, plan
 from mlx_flash.rows import PAGE, Part, RowLayout
 
@@ -342,7 +343,7 @@ def test_few_rows_scatter_and_long_runs_are_staged(
         reader.read(0, rows, slots, out)
     (buffers,) = seen
     inside = [b for b in buffers if any(np.shares_memory(b, array) for array in out)]
-    if layout.scatters and count <= module.SCATTER_ROWS:
+    if layout.scatters and count <= SCATTER_ROWS:
         assert len(inside) == count * len(layout.parts)
         assert len(buffers) <= 2 * len(inside) <= 1024  # what the least of systems takes
     else:
