@@ -133,7 +133,13 @@ def replay(
 
 
 def measure(
-    name: str, directory: ModelDirectory, halves: list, row_bytes: int, turns: int, per_turn: int
+    name: str,
+    directory: ModelDirectory,
+    halves: list,
+    row_bytes: int,
+    turns: int,
+    per_turn: int,
+    engine: str | None,
 ) -> list[dict]:
     """Every variant at every share of slots."""
     selection = select(directory)
@@ -159,7 +165,7 @@ def measure(
         "reordered, no joining": (learned, 0),
         "reordered": (learned, gap),
     }
-    readers = {gap: RowReader(file, gap_bytes=gap) for gap in {0, gap}}
+    readers = {gap: RowReader(file, gap_bytes=gap, engine=engine) for gap in {0, gap}}
     common.warm([file.path])
     found = []
     for share in SHARES:
@@ -197,12 +203,12 @@ def measure(
     return found
 
 
-def cost(turns: int = 7) -> dict[str, float]:
+def cost(engine: str | None, turns: int = 7) -> dict[str, float]:
     """What a request takes besides its bytes, and a byte: fitted to reads of one to eight rows."""
     layout = RowLayout.plan(("up", "down"), "F16", 4096)
     file = row_file("cost", layout, [16384])
     memory = SlotMemory(layout, COST_ROWS * 8)
-    reader = RowReader(file, gap_bytes=0)
+    reader = RowReader(file, gap_bytes=0, engine=engine)
     random = np.random.default_rng(0)
     common.warm([file.path])
     points: list[tuple[float, float]] = []
@@ -232,6 +238,7 @@ def main() -> None:
     parser.add_argument("--row-bytes", type=int, default=0, help="default: the model's own")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--per-turn", type=int, default=32, help="tokens, at most")
+    parser.add_argument("--engine", choices=("aio", "threads"), help="default: the reader's own")
     parser.add_argument("--cost", action="store_true", help="only what a request takes")
     parser.add_argument("--traces", action="store_true", help="only make models and traces")
     options = parser.parse_args()
@@ -239,7 +246,7 @@ def main() -> None:
     results: dict = {"machine": common.machine(), "date": date.today().isoformat()}
     print(f"{results['machine']}, {results['date']}", flush=True)
     if options.cost:
-        results["cost"] = cost()
+        results["cost"] = cost(options.engine)
     for name in [] if options.cost else options.models.split(","):
         if name not in MODELS:
             sys.exit(f"no model {name}; expected some of {', '.join(MODELS)}")
@@ -255,7 +262,13 @@ def main() -> None:
         if not options.traces:
             key = f"{name}, {stride} bytes"
             results[key] = measure(
-                name, directory, halves, options.row_bytes, options.turns, options.per_turn
+                name,
+                directory,
+                halves,
+                options.row_bytes,
+                options.turns,
+                options.per_turn,
+                options.engine,
             )
     print("\n" + json.dumps(results))
 

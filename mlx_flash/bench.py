@@ -85,9 +85,10 @@ def run(settings: Settings, ram: int, progress: Progress) -> dict[str, Any]:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 json.dump(asdict(settings) | {"ram": ram}, process.stdin)
         for line in process.stdout or ():
-            said = json.loads(line)
-            progress(said.pop("done", 0))
-            found |= said
+            if line.startswith("{"):  # what a library prints is no line of ours
+                said = json.loads(line)
+                progress(said.pop("done", 0))
+                found |= said
         code = process.wait()
     finally:
         _stop(process)
@@ -158,7 +159,8 @@ def compare(row: dict[str, Any], outlook: Outlook, settings: Settings) -> dict[s
     """A row with what ``plan`` says of its budget, and by how much that is wrong."""
     view = outlook.view(row["ram_bytes"], warm=settings.warm, count=settings.gen_tokens)
     if view.forecast is None:
-        return row | {"predicted": None, "no_prediction": view.reason}
+        why = {} if "error" in row else {"no_prediction": view.reason}
+        return row | {"predicted": None} | why
     predicted = view.forecast.to_json()
     error = None
     if "measured" in row:

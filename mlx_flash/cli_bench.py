@@ -149,6 +149,7 @@ def _run_all(rams: list[int], rows: list[dict[str, Any]], settings: Any, outlook
 def _tell(args: argparse.Namespace, rows: list[dict[str, Any]], settings: Any) -> None:
     """Print what was finished, however it ended."""
     if not rows:
+        args.interrupted = "interrupted before any budget was finished"
         return
     from dataclasses import asdict
 

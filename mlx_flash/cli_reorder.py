@@ -79,13 +79,12 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"Learned from {what}; on other text, {100 * found['cache_share']:.0f} % of the rows in "
         "slots, a token reads",
-        f"{'':10}{'rows':>10}{'requests':>10}{'MB':>10}{'ms, reckoned':>14}",
+        f"{'':10}{'rows':>10}{'requests':>10}{'MB':>10}",
     ]
     for name in ("before", "after"):
         one = found[name]
         lines.append(
             f"{name:10}{one['rows']:10.0f}{one['requests']:10.0f}{one['bytes'] / 1e6:10.2f}"
-            f"{1e3 * one['seconds']:14.2f}"
         )
     written = found["written"]
     lines.append(f"Saved {written}" if written else "Nothing was written (--dry-run)")

@@ -80,21 +80,27 @@ def plan(rows: np.ndarray, *, max_rows: int, gap: int = 0) -> list[Request]:
 
 
 def plan_scattered(
-    rows: np.ndarray, *, max_rows: int, gap: int = 0
+    rows: np.ndarray, *, max_rows: int, gap: int = 0, few_gap: int | None = None
 ) -> tuple[list[Request], list[Request]]:
     """Like ``plan``, in two kinds: (requests of few rows to be scattered, long ones to be staged).
 
     Where gaps would make a long one of which little is wanted, fewer rows are joined instead.
+
+    Args:
+        rows, max_rows, gap: see ``plan``.
+        few_gap: ``gap`` of scattered requests; None for the same.
     """
+    few_gap = gap if few_gap is None else few_gap
     few: list[Request] = []
     long: list[Request] = []
     for request in plan(rows, max_rows=max_rows, gap=gap):
         span = request.stop - request.start
-        if span > SCATTER_ROWS and request.last - request.first < STAGED_SHARE * span:
-            for piece in _split(request, rows, gap):
-                (few if piece.stop - piece.start <= SCATTER_ROWS else long).append(piece)
-        else:
+        wanted = request.last - request.first
+        if wanted == span or (span > SCATTER_ROWS and wanted >= STAGED_SHARE * span):
             (few if span <= SCATTER_ROWS else long).append(request)
+        else:
+            for piece in _split(request, rows, few_gap):
+                (few if piece.stop - piece.start <= SCATTER_ROWS else long).append(piece)
     return few, long
 
 

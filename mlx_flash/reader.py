@@ -70,7 +70,8 @@ class RowReader:
             asynchronous ones ``aio.DEPTH`` of what was submitted at once.
         request_bytes: a request is at most this long (or one row, where a row is longer and cannot
             be scattered).
-        gap_bytes: unwanted bytes read along to join two requests.
+        gap_bytes: unwanted bytes read along to join two requests; None for ``GAP_BYTES``,
+            and none between scattered rows that are read asynchronously.
         direct: False reads through the page cache.
         engine: how scattered requests are read, "aio" or "threads"; None for aio where the system
             allows it and the file is read past the page cache.
@@ -84,12 +85,14 @@ class RowReader:
         *,
         threads: int = THREADS,
         request_bytes: int = REQUEST_BYTES,
-        gap_bytes: int = GAP_BYTES,
+        gap_bytes: int | None = None,
         direct: bool = True,
         engine: str | None = None,
     ) -> None:
         self.file = file
-        self.request_bytes, self.gap_bytes = request_bytes, gap_bytes
+        self.request_bytes = request_bytes
+        self.gap_bytes = GAP_BYTES if gap_bytes is None else gap_bytes
+        self._joins = gap_bytes is not None
         self.threads = threads
         layouts = file.layouts
         # Every offset, length and address that is read with is a multiple of this.
@@ -199,7 +202,10 @@ class RowReader:
         gap = self.gap_bytes // layout.stride
         most = self.max_rows(layout)
         if layout.scatters:
-            read.scattered, read.staged = plan_scattered(rows, max_rows=most, gap=gap)
+            # A row that goes nowhere is a piece of its own: to the kernel as dear as a request.
+            few_gap = gap if self._joins or self.engine == "threads" else 0
+            found = plan_scattered(rows, max_rows=most, gap=gap, few_gap=few_gap)
+            read.scattered, read.staged = found
         else:
             read.staged = plan(rows, max_rows=most, gap=gap)
         return read

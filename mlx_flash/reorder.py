@@ -34,7 +34,7 @@ from .packed import without
 from .policy import LFU
 from .prepared import span
 from .quality import Progress
-from .read_plan import BYTES_PER_SECOND, REQUEST_SECONDS, gap_bytes
+from .read_plan import gap_bytes
 from .reader import REQUEST_BYTES, RowReader
 from .resident_rows import resident_tensors, write_permuted
 from .rows import RowFileWriter, sha256_of
@@ -76,7 +76,7 @@ def reorder(
 
     Returns:
         ``text``, ``tokens``, ``predictor``, ``cache_share``, ``before`` and ``after`` (rows,
-        requests, bytes and seconds of a token by ``read_plan``'s figures), ``written`` (path or
+        requests and bytes of a token, near rows joined), ``written`` (path or
         None), ``done_before`` (the rows are in this order already; nothing was measured).
 
     Raises:
@@ -176,7 +176,7 @@ def _figures(
     progress: Progress,
 ) -> dict[str, Any]:
     """What a token reads before and after, by held-out tokens through the default cache."""
-    sums = {name: np.zeros(4) for name in ("before", "after")}
+    sums = {name: np.zeros(3) for name in ("before", "after")}
     for i, (layer, order) in enumerate(zip(directory.rows.layers, orders, strict=True)):
         progress("counting", i, len(orders))
         active = row_demand.recorded(directory, work, i, "held_out")
@@ -188,12 +188,11 @@ def _figures(
         skipped = stride - wanted_bytes(layout, selection.provides)
         for name, one in (("before", np.arange(layer.rows)), ("after", order)):
             reads = row_order.reads(missed, one, stride, gap, REQUEST_BYTES, skipped)
-            seconds = reads.seconds(REQUEST_SECONDS, BYTES_PER_SECOND)
-            sums[name] += reads.rows, reads.requests, reads.bytes, seconds
+            sums[name] += reads.rows, reads.requests, reads.bytes
     progress("counting", len(orders), len(orders))
-    names = ("rows", "requests", "bytes", "seconds")
+    names = ("rows", "requests", "bytes")
     shown = {
-        name: dict(zip(names, (round(float(n), 7) for n in total), strict=True))
+        name: dict(zip(names, (round(float(n), 1) for n in total), strict=True))
         for name, total in sums.items()
     }
     return {"cache_share": CACHE_SHARE, **shown}

@@ -131,10 +131,6 @@ class Reads:
     requests: float
     bytes: float
 
-    def seconds(self, request_seconds: float, bytes_per_second: float) -> float:
-        """By a disk that takes so long for a request besides its bytes."""
-        return self.requests * request_seconds + self.bytes / bytes_per_second
-
 
 def reads(
     wanted: Sequence[np.ndarray],

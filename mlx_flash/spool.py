@@ -71,6 +71,10 @@ def working_directory(path: Path, key: str) -> Iterator[Path]:
         ) from error
     try:
         _take_lock(lock, path)
+    except BaseException:
+        os.close(lock)
+        raise  # what is there is another process's
+    try:
         if not (path / MARKER).is_file() or (path / MARKER).read_text(errors="replace") != key:
             _empty(path)
             write_text(path / MARKER, key)

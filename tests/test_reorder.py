@@ -145,7 +145,7 @@ def test_greedy_tokens_of_trained_models(tmp_path, name):
         return [token for token, _ in generate_step(prompt, model, max_tokens=96)]
 
     expected = greedy(dense)
-    found = reorder.reorder(path, tokens=2048)
+    found = reorder.reorder(path, tokens=1024)
     assert found["written"] == str(path)
     assert found["after"]["rows"] == found["before"]["rows"]
     assert found["after"]["requests"] < 0.97 * found["before"]["requests"]
@@ -186,7 +186,6 @@ def test_reads_are_those_of_the_plan():
     assert (near.rows, near.requests, near.bytes) == (2, 1, (2900 + 900) / 2)
     apart = row_order.reads(wanted, np.arange(10), 1000, 1, 1 << 20)
     assert (apart.requests, apart.bytes) == (1.5, (3000 + 1000 + 1000) / 2)
-    assert apart.seconds(1.0, 1000.0) == pytest.approx(1.5 + 2.5)
 
 
 def test_gap_of_a_disk():
