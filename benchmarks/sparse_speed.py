@@ -9,7 +9,7 @@ ones; figures are medians, and every ratio comes from runs in one process that t
     lookahead  with what the next layer's predictor names read ahead, and without
     growth     four times as many neurons, as many of them firing, as many in slots
     drift      footprint over 2,000 tokens; the KV cache is a rotating one of 256
-    profile    a decode step of OPT-6.7B's shape, 8 of its 32 layers, under cProfile
+    profile    a decode step of OPT-6.7B's shape, 4 of its 32 layers, under cProfile
     resident   every row in memory, against the dense model
 
     python benchmarks/sparse_speed.py                          # 13 GB of disk, 10 minutes
@@ -51,7 +51,7 @@ WARM = 48  # tokens before any figure counts: slots fill
 DRIFT_TOKENS, KV = 2000, 256
 NARROW = Shape(1024, 4096, 8, 16, 4, 8000, 128, active=0.08, predicted=0.10)
 WIDE = dataclasses.replace(NARROW, rows=4 * 4096, active=0.02, predicted=0.025)
-OPT = opt_shape.Shape(layers=8)
+OPT = opt_shape.Shape(layers=4)
 
 
 class Run:
@@ -220,7 +220,7 @@ def drift(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
 
 def profile(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
-    directory = opt_shape.make(OUT / "opt-8-layers", OPT)
+    directory = opt_shape.make(OUT / "opt-4-layers", OPT)
     words = [int(word) for word in opt_shape.words(OPT.vocab)[20_000:21_000]]
     run = Run(directory, words, predictor="low-rank", cache_share=0.25)
     run.steps(12)
