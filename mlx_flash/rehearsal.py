@@ -41,7 +41,6 @@ from .speeds import DiskSpeed
 from .walk import Step, Walk, book, walk
 
 FORMAT_VERSION = 1
-PROMPT, DECODED = 64, 32  # tokens of what is timed
 WARM = 4  # of them are decoded before timing counts
 LEAST = 8  # tokens that are decoded however long it takes
 TIMED_SECONDS = 20.0
@@ -49,7 +48,7 @@ SEQUENCE, SEQUENCES, CHUNK = 128, 4, 32  # tokens of what is recorded
 RECORD_SECONDS = 30.0
 FEWER = 0.2  # share of requests that a second run must save to tell what a request costs
 START = 0.5  # share of the book where it begins; ``bench`` begins at its beginning
-TRIED_SHARE = 0.5  # of the rows, at most, are cached while paging is tried
+TRIED_SHARE = {False: 0.2, True: 0.5}  # cached at most while paging is tried; of a mixture
 
 Progress = Callable[[str], Any]
 
@@ -171,9 +170,9 @@ class _Trial:
         self.model, self.ram, self.disk, self.progress = model, ram, disk, progress
         self.use: RowUse | None = None
         positions = model.directory.config.get("max_position_embeddings") or 1 << 30
-        self.length = max(4, min(SEQUENCE, positions))
-        self.prompt = min(PROMPT, self.length // 2)
-        self.decoded = max(2, min(DECODED, self.length - self.prompt - 2))
+        self.length = max(8, min(SEQUENCE, positions))
+        # A half is read as a prompt, a quarter decoded first, the rest after it.
+        self.first, self.second = self.length // 2, self.length * 3 // 4
         self.tokens = book(model.tokenizer, self.length * SEQUENCES, START)
 
     def run(self, way: str) -> Tried:
@@ -188,21 +187,20 @@ class _Trial:
         else:
             how["cache_share"] = 1.0
         with self._loaded(how) as loaded:
-            walked = self._walk(loaded)
-            again = self._walk(loaded) if way == "paged" else None
-            if way == "paged":
+            runs = [self._walk(loaded, self.first, self.second)]
+            if way == "paged":  # the first run has touched all memory, the last finds its rows
+                runs = [self._walk(loaded, self.second, self.length - 2) for _ in range(2)]
                 self.progress("recording which rows are needed")
                 self.use = self._record(loaded)
-            return self._tried(way, walked, again, loaded.flash.plan)
+            return self._tried(way, runs, loaded.flash.plan)
 
-    def _walk(self, loaded: nn.Module) -> Walk:
-        stop = self.prompt + self.decoded
+    def _walk(self, loaded: nn.Module, prompt: int, stop: int) -> Walk:
         return walk(
             loaded,
-            self.tokens[: self.prompt],
-            self.tokens[self.prompt : stop],
+            self.tokens[:prompt],
+            self.tokens[prompt:stop],
             seconds=TIMED_SECONDS,
-            least=min(LEAST, self.decoded),
+            least=min(LEAST, stop - prompt),
         )
 
     @contextmanager
@@ -237,7 +235,7 @@ class _Trial:
             slots = [max(1, round(share * rows)) for rows in sparse.rows]
             return sparse_plan_of(None, needs, sparse, slots, needs.max_step).total
 
-        low, high = 1 / LEAST_SHARE, TRIED_SHARE
+        low, high = 1 / LEAST_SHARE, TRIED_SHARE[bool(model.directory.mixture)]
         for _ in range(20):
             middle = (low + high) / 2
             low, high = (middle, high) if takes(middle) <= self.ram else (low, middle)
@@ -302,9 +300,9 @@ class _Trial:
 
         return record
 
-    def _tried(self, way: str, walked: Walk, again: Walk | None, plan: Any) -> Tried:
-        """Figures of a run; ``again`` is the same text a second time, when slots hold its rows."""
-        steps = _counted(walked)
+    def _tried(self, way: str, runs: list[Walk], plan: Any) -> Tried:
+        """Figures of a run; a second one is over the same text, when slots hold more of it."""
+        steps = _counted(runs[0])
         tried = {
             "ram": self.ram, "tokens": len(steps), "compute": _compute(steps),
             "wait": _mean(steps, "wait_seconds"), "read": _mean(steps, "read_seconds"),
@@ -313,12 +311,12 @@ class _Trial:
         if way == "streamed":
             tried["rate"] = tried["read"] / max(tried["nbytes"] / self.disk.sequential, 1e-9)
         elif way == "paged" and self.use is not None:
-            seconds, nbytes = self._expected(plan, len(walked.steps), len(steps))
+            seconds, nbytes = self._expected(plan, len(runs[0].steps), len(steps))
             if seconds > 0 and tried["nbytes"] > 0:
                 tried["rate"] = tried["read"] / seconds
                 tried["size"] = tried["nbytes"] / nbytes
-        if again is not None:
-            second = _counted(again)
+        if len(runs) > 1:
+            second = _counted(runs[1])
             fewer = tried["requests"] - _mean(second, "requests")
             if fewer > FEWER * tried["requests"]:
                 extra = max(0.0, (tried["compute"] - _compute(second)) / fewer)
@@ -333,9 +331,13 @@ class _Trial:
         seconds = nbytes = 0.0
         paged = model.directory.mixture is not None
         for layer, slots in plan.slots.items():
-            before = use.prompt(layer, range(self.prompt), plan.step, paged)
-            stop = min(use.tokens, self.prompt + decoded)
-            steps = before + use.steps(layer, range(self.prompt, stop))
+            steps = []
+            for prompt, stop in (
+                (self.first, self.second),
+                (self.second, min(use.tokens, self.second + decoded)),
+            ):
+                steps += use.prompt(layer, range(prompt), plan.step, paged)
+                steps += use.steps(layer, range(prompt, stop))
             policy = make_policy(model.policy, use.rows[layer], model.window)
             lacking = row_use.misses(steps, use.rows[layer], slots, policy)[-counted:]
             seconds += float(np.mean([self.disk.time(n) for n in lacking]))
