@@ -1,0 +1,28 @@
+"""coremltools, imported once and quietly: builder, types, target.
+
+Off macOS its import prints a line for each part of Core ML that is not there; nothing here needs
+those parts, so they are kept off the user's terminal.
+
+Knows: coremltools. Does not know: models.
+"""
+
+from __future__ import annotations
+
+import logging
+
+_noisy = logging.getLogger("coremltools")
+_level = _noisy.level
+_noisy.setLevel(logging.CRITICAL)
+try:
+    import coremltools as ct
+    from coremltools.converters.mil import mil
+    from coremltools.converters.mil.frontend.milproto import load as milproto
+    from coremltools.converters.mil.mil import Builder as mb
+    from coremltools.converters.mil.mil import types
+    from coremltools.converters.mil.mil.types.type_int import np_int4_dtype, np_uint4_dtype
+finally:
+    _noisy.setLevel(_level)
+
+__all__ = ["TARGETS", "ct", "mb", "mil", "milproto", "np_int4_dtype", "np_uint4_dtype", "types"]
+
+TARGETS = {"iOS18": ct.target.iOS18, "iOS26": ct.target.iOS26}
