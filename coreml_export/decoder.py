@@ -89,9 +89,7 @@ def plan(decoder: Decoder, layer_bytes: Sequence[int], ends: tuple[int, int], li
     return result
 
 
-def functions(
-    decoder: Decoder, weights: Weights, part: Part, context: int
-) -> dict[str, Any]:
+def functions(decoder: Decoder, weights: Weights, part: Part, context: int) -> dict[str, Any]:
     """MIL functions of one package by name."""
     made: dict[str, Any] = {}
     for name, length in LENGTHS.items():

@@ -33,7 +33,9 @@ def _unary(function: Callable[[Any], Any]) -> Kernel:
 
 def _reduce(function: Callable[..., Any]) -> Kernel:
     def run(a: Args) -> Any:
-        axes = tuple(int(i) for i in np.atleast_1d(a["axes"])) if a.get("axes") is not None else None
+        axes = (
+            tuple(int(i) for i in np.atleast_1d(a["axes"])) if a.get("axes") is not None else None
+        )
         return function(_float(a["x"]), axis=axes, keepdims=bool(a.get("keep_dims", False)))
 
     return run
@@ -100,9 +102,7 @@ def _range(a: Args) -> tuple[slice, ...]:
             slices.append(begin[i])
             continue
         slices.append(
-            slice(
-                None if open_begin[i] else begin[i], None if open_end[i] else end[i], stride[i]
-            )
+            slice(None if open_begin[i] else begin[i], None if open_end[i] else end[i], stride[i])
         )
     return tuple(slices)
 

@@ -103,13 +103,13 @@ def write_manifest(path: Path) -> None:
     (path / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
 
 
-def build(
-    program: Any, path: Path, metadata: Mapping[str, str], target: str = "iOS18"
-) -> None:
+def build(program: Any, path: Path, metadata: Mapping[str, str], target: str = "iOS18") -> None:
     """Convert a program and write its package; coremltools' own copy of the weights goes."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=path.parent) as scratch:
-        tempfile.tempdir = scratch  # coremltools keeps weights there; a move within one disk is free
+        tempfile.tempdir = (
+            scratch  # coremltools keeps weights there; a move within one disk is free
+        )
         try:
             model = convert(program, metadata, target)
             save(model, path)

@@ -50,8 +50,10 @@ class Packed:
             rows = self.data.shape[0] // self.lut.shape[0]
             groups = self.data.reshape(self.lut.shape[0], -1)
             values = np.take_along_axis(self.lut.reshape(len(groups), 16), groups, axis=1)
-            return values.reshape(-1, rows, self.data.shape[1]).reshape(self.data.shape).astype(
-                np.float32
+            return (
+                values.reshape(-1, rows, self.data.shape[1])
+                .reshape(self.data.shape)
+                .astype(np.float32)
             )
         blocks = self.data.reshape(*self.scale.shape, -1).astype(np.float32)
         whole = blocks * self.scale.astype(np.float32)[..., None]

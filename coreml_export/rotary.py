@@ -26,4 +26,3 @@ def tables(decoder: Decoder, context: int) -> tuple[np.ndarray, np.ndarray]:
     if decoder.rope_traditional:
         return y[:, 0 : decoder.rope_dims : 2], y[:, 1 : decoder.rope_dims : 2]
     return y[:, :half], y[:, half : decoder.rope_dims]
-
