@@ -1,9 +1,9 @@
-"""The dense decoder as functions ``decode`` (one token) and ``prefill`` (64), in one package or more.
+"""The dense decoder as functions ``decode`` (one token) and ``prefill`` (64), in packages.
 
 One package holds everything below 1 GB. A larger model is cut: with a head of its own, the first
 part begins with the token numbers and the last ends with the logits; with a tied head a first
-package "ends" holds the embedding table once and four functions, embedding and head for each length.
-The chain of a function names what is called after what.
+package "ends" holds the embedding table once and four functions, embedding and head for each
+length. The chain of a function names what is called after what.
 
 Knows: names, shapes and states of the functions. Does not know: MIL operations (``parts``), files.
 """
@@ -122,7 +122,7 @@ def state(rows: int, decoder: Decoder) -> Any:
 
 
 def _embed(builder: Builder) -> Callable[..., Any]:
-    def body(inputIds):  # noqa: ANN001, ANN202, N803
+    def body(inputIds):  # noqa: ANN001, ANN202
         return mb.identity(x=builder.embed(inputIds), name="hidden")
 
     return body
@@ -161,12 +161,12 @@ def _layers(builder: Builder, part: Part) -> Any:
     ]
     if part.embeds:
 
-        def body(inputIds, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202, N803
+        def body(inputIds, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202
             return run(inputIds, position, causalMask, [keyCache, valueCache])
 
         return _function(body, [_ids(length), *rest])
 
-    def later(hidden, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202, N803
+    def later(hidden, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202
         return run(hidden, position, causalMask, [keyCache, valueCache])
 
     width = decoder.d_embedding if part.layers[0] == 0 else decoder.d_model

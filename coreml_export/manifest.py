@@ -1,7 +1,7 @@
 """``manifest.json``: what an app has to know of an export, and what is checked before it is used.
 
-Knows: the manifest's fields, hashes, what a package's spec says of its functions. Does not know: how
-packages are made or run.
+Knows: the manifest's fields, hashes, what a package's spec says of its functions. Does not know:
+how packages are made or run.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ Knows: the package's files. Does not know: what the program computes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 import uuid
@@ -34,13 +35,11 @@ def convert(program: Any, metadata: Mapping[str, str], target: str = "iOS18") ->
     Raises:
         ExportError: coremltools refuses it.
     """
-    bars = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # read by coremltools' bars when they are made
     log = logging.getLogger("coremltools")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # its bars
             warnings.simplefilter("ignore")
             model = ct.convert(
                 program,
@@ -54,10 +53,6 @@ def convert(program: Any, metadata: Mapping[str, str], target: str = "iOS18") ->
         raise ExportError(f"coremltools cannot convert this for {target}: {error}") from error
     finally:
         log.setLevel(level)
-        if bars is None:
-            os.environ.pop("TQDM_DISABLE", None)
-        else:
-            os.environ["TQDM_DISABLE"] = bars
     model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)
     for key, value in sorted(metadata.items()):
         model.user_defined_metadata[key] = value

@@ -1,7 +1,7 @@
 """The decoder with its FFN rows outside: attention per layer, FFN over given or cached rows, head.
 
-A token takes, for each layer, a call of ``attention_i``, of ``predict_i`` (see ``predictor``) and of
-one FFN function, then one of ``head``. FFN functions hold no weights and serve all layers:
+A token takes, for each layer, a call of ``attention_i``, of ``predict_i`` (see ``predictor``) and
+of one FFN function, then one of ``head``. FFN functions hold no weights and serve all layers:
 ``ffn_rows_N`` computes over N rows that the caller hands over; ``ffn_cache_N`` first scatters N new
 rows into a state of rows that stays with Core ML, then computes over all of it (a sliding window as
 a state). A row is as it lies in the row file: gate, up and down one behind the other, then biases.
@@ -94,7 +94,7 @@ def _attention(builder: Builder, index: int) -> Any:
     decoder, context = builder.decoder, builder.context
     part = decoder.layers[index]
 
-    def body(hidden, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202, N803
+    def body(hidden, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202
         x = builder.enter(hidden, position) if index == 0 else _after(builder, hidden, index - 1)
         turns, bias = builder.rope(position), builder.alibi(position)
         width = decoder.kv_heads * decoder.head_dim
@@ -154,7 +154,7 @@ def _over(decoder: Decoder, shape: RowShape, residual: Any, x: Any, rows: Any, c
 
 
 def _rows(decoder: Decoder, shape: RowShape, count: int) -> Any:
-    def body(residual, ffnInput, rows):  # noqa: ANN001, ANN202, N803
+    def body(residual, ffnInput, rows):  # noqa: ANN001, ANN202
         return _over(decoder, shape, residual, ffnInput, rows, count)
 
     rows = mb.TensorSpec(shape=(count, shape.width), dtype=types.fp16)
@@ -162,7 +162,7 @@ def _rows(decoder: Decoder, shape: RowShape, count: int) -> Any:
 
 
 def _cached(decoder: Decoder, shape: RowShape, new: int, capacity: int) -> Any:
-    def body(residual, ffnInput, newRows, slots, rowCache):  # noqa: ANN001, ANN202, N803
+    def body(residual, ffnInput, newRows, slots, rowCache):  # noqa: ANN001, ANN202
         held = mb.read_state(input=rowCache)
         held = mb.scatter(data=held, indices=slots, updates=newRows, axis=0, mode="update")
         held = mb.coreml_update_state(state=rowCache, value=held)

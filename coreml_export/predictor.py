@@ -130,7 +130,7 @@ def _function(builder: Builder, index: int, choice: Choice) -> Any:
             size = mb.mul(x=size, y=mb.sqrt(x=square))
         return mb.mul(x=size, y=held("scale")) if "scale" in choice.tensors else size
 
-    def body(ffnInput, threshold):  # noqa: ANN001, ANN202, N803
+    def body(ffnInput, threshold):  # noqa: ANN001, ANN202
         x = mb.reshape(x=ffnInput, shape=[1, decoder.d_model])
         if choice.kind == "none":
             level = mb.mul(x=threshold, y=np.float16(0))
