@@ -25,6 +25,7 @@ from . import decoder as dense
 from . import manifest, package, paged, predictor, readme, tokenizer
 from .architecture import Decoder, Tensor, check_context, describe
 from .errors import ExportError
+from .mil import fresh_names
 from .quantize import Packed, pack
 from .recipes import Recipe, recipe, scheme_of
 from .source import Source, chat_template
@@ -264,13 +265,13 @@ def _dense(
     packages = {}
     for part in plan.parts:
         weights = Weights(source, settings.recipe, reads.of(part.name))
-        made = dense.functions(decoder, weights, part, settings.context)
         path = out / f"{part.name}.mlpackage"
-        program = dense.program(made)
-        del made, weights
-        package.build(program, path, metadata(decoder, settings, part.name), settings.target)
-        del program
-        gc.collect()  # programs are full of cycles, and hold a package's weights
+
+        def build(part: dense.Part = part, weights: Weights = weights) -> dict[str, Any]:
+            return dense.functions(decoder, weights, part, settings.context)
+
+        _package(build, path, metadata(decoder, settings, part.name), settings.target)
+        del weights, build
         packages[part.name] = {
             "file": path.name,
             "layers": list(part.layers),
@@ -278,6 +279,16 @@ def _dense(
         }
     chains = {name: [list(call) for call in calls] for name, calls in plan.chains.items()}
     return {"packages": packages, "chains": chains}
+
+
+def _package(
+    functions: Callable[[], dict[str, Any]], path: Path, about: dict[str, str], target: str
+) -> None:
+    with fresh_names():
+        program = dense.program(functions())
+        package.build(program, path, about, target)
+    del program
+    gc.collect()  # programs are full of cycles, and hold a package's weights
 
 
 def _paged(
@@ -292,15 +303,19 @@ def _paged(
     capacity = max(2 * dense.MULTIPLE, -(-capacity // dense.MULTIPLE) * dense.MULTIPLE)
     path, guess = out / "paged.mlpackage", out / "predictor.mlpackage"
     weights = Weights(source, settings.recipe, reads.of("paged"))
-    program = dense.program(paged.functions(decoder, weights, settings.context, capacity))
-    package.build(program, path, metadata(decoder, settings, "paged"), settings.target)
-    del program, weights
-    gc.collect()
-    weights = Weights(source, settings.recipe, reads.of("predictor"))
-    program = dense.program(predictor.functions(decoder, weights, choices))
-    package.build(program, guess, metadata(decoder, settings, "predictor"), settings.target)
-    del program, weights
-    gc.collect()
+    _package(
+        lambda: paged.functions(decoder, weights, settings.context, capacity),
+        path,
+        metadata(decoder, settings, "paged"),
+        settings.target,
+    )
+    guessing = Weights(source, settings.recipe, reads.of("predictor"))
+    _package(
+        lambda: predictor.functions(decoder, guessing, choices),
+        guess,
+        metadata(decoder, settings, "predictor"),
+        settings.target,
+    )
     return {
         "layers": len(decoder.layers),
         "buckets": paged.buckets(decoder.d_ffn),

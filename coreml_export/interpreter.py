@@ -140,6 +140,11 @@ class Function:
         found = KERNELS[op.op_type](given)
         results = found if isinstance(found, list) else [found]
         for var, kind, result in zip(op.outputs, kinds, results, strict=True):
+            if np.shape(result) != tuple(var.shape):
+                raise ParityError(
+                    f"function {self.name}: {op.op_type} {var.name} is {np.shape(result)}, the "
+                    f"program says {tuple(var.shape)}"
+                )
             values[var.name] = result.astype(kind, copy=False) if kind else result
 
     def _value(self, names: Any, values: dict[str, Any]) -> Any:

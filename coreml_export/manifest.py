@@ -37,7 +37,21 @@ def functions(package: Path) -> dict[str, Any]:
                 entry[kind][feature.name] = _array(feature.type.multiArrayType)
         for feature in function.state:
             entry["states"][feature.name] = _array(feature.type.stateType.arrayType)
+        shapes = _shapes(spec.mlProgram.functions[function.name])
+        for name, output in entry["outputs"].items():  # descriptions lack some of these
+            output["shape"] = shapes[name]
         found[function.name] = entry
+    return found
+
+
+def _shapes(function: Any) -> dict[str, list[int]]:
+    """Shape of every tensor of a function."""
+    found = {}
+    for block in function.block_specializations.values():
+        for operation in block.operations:
+            for output in operation.outputs:
+                dimensions = output.type.tensorType.dimensions
+                found[output.name] = [int(d.constant.size) for d in dimensions]
     return found
 
 

@@ -9,6 +9,8 @@ Knows: coremltools. Does not know: models.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _noisy = logging.getLogger("coremltools")
 _level = _noisy.level
@@ -23,6 +25,29 @@ try:
 finally:
     _noisy.setLevel(_level)
 
-__all__ = ["TARGETS", "ct", "mb", "mil", "milproto", "np_int4_dtype", "np_uint4_dtype", "types"]
+__all__ = [
+    "TARGETS",
+    "ct",
+    "fresh_names",
+    "mb",
+    "mil",
+    "milproto",
+    "np_int4_dtype",
+    "np_uint4_dtype",
+    "types",
+]
+
+
+@contextmanager
+def fresh_names() -> Iterator[None]:
+    """Names of operations begin at 0: else they would depend on what was built before."""
+    before = dict(mb.name_count)
+    mb.name_count.clear()
+    try:
+        yield
+    finally:
+        mb.name_count.clear()
+        mb.name_count.update(before)
+
 
 TARGETS = {"iOS18": ct.target.iOS18, "iOS26": ct.target.iOS26}

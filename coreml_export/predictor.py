@@ -138,8 +138,7 @@ def _function(builder: Builder, index: int, choice: Choice) -> Any:
             return mb.identity(x=above, name="mask")
         compare = mb.greater_equal if choice.kind == "low-rank" else mb.greater
         above = compare(x=scores(x), y=threshold)
-        mask = mb.select(cond=above, a=np.float16(1), b=np.float16(0))
-        return mb.identity(x=mask, name="mask")
+        return mb.cast(x=above, dtype="fp16", name="mask")
 
     specs = [
         mb.TensorSpec(shape=(1, 1, decoder.d_model), dtype=types.fp16),

@@ -70,7 +70,7 @@ class DenseRunner:
         return values["logits"][0, :count].astype(np.float32)
 
     def prompt(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Logits of a prompt: by ``prefill`` while whole chunks are left and fit, else ``decode``."""
+        """Logits of a prompt, by ``prefill`` while whole chunks fit, the rest by ``decode``."""
         chunk = self.lengths["prefill"]
         found, at = [], 0
         while at < len(tokens):

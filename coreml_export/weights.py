@@ -70,11 +70,11 @@ class Weights:
         if packed.scheme == "fp16":
             return self.constant(packed.data, tensor.key)
         if packed.scheme == "palette4":
-            indices = self.constant(packed.data.astype(np_uint4_dtype), f"{tensor.key}/indices")
+            indices = self.constant(packed.data.view(np_uint4_dtype), f"{tensor.key}/indices")
             lut = self.constant(packed.lut, f"{tensor.key}/lut")
             return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=name)
         kind = np_int4_dtype if packed.scheme == "int4" else np.int8
-        data = self.constant(packed.data.astype(kind, copy=False), f"{tensor.key}/codes")
+        data = self.constant(packed.data.view(kind), f"{tensor.key}/codes")
         scale = self.constant(packed.scale, f"{tensor.key}/scale")
         return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name)
 
