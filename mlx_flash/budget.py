@@ -119,7 +119,8 @@ class Needs:
     @property
     def small(self) -> bool:
         """Whether streaming buffers would take as much as all layers."""
-        return sum(self.layers) <= self.buffers * self.buffer
+        held = sum(self.layers) + self.lookup
+        return len(self.layers) <= self.buffers or held <= self.buffers * self.buffer
 
     @property
     def max_step(self) -> int:
@@ -283,6 +284,7 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
         )
     count = len(needs.layers)
     candidates = [0, *range(needs.buffers + 1, count + 1)]
+    fits: Plan | None = None
     for streamed in candidates:
         kept, chosen = split(count, streamed)
         room = ram - needs.fixed - needs.reader
@@ -290,9 +292,15 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
         left = room - sum(needs.layers[i] for i in kept)
         wanted = _step(room // STEP_SHARE, needs) if streamed else needs.resident_step
         step = _step(left, needs)
-        if step and (step >= wanted or streamed == candidates[-1]):
-            table = needs.table(step, kept, lookup=bool(streamed))
-            return Plan(ram, kept, chosen, step, table, lookup=bool(streamed))
+        if not step:
+            continue
+        table = needs.table(step, kept, lookup=bool(streamed))
+        plan = Plan(ram, kept, chosen, step, table, lookup=bool(streamed))
+        if step >= wanted or streamed == candidates[-1]:
+            return plan
+        fits = fits or plan
+    if fits:  # with shorter prompt chunks than one would like
+        return fits
     raise BudgetError(f"no plan fits {show(ram)}, though {show(needs.least)} should do")
 
 

@@ -100,7 +100,9 @@ def run_generate(args: argparse.Namespace) -> int:
     result = _stream(args, model, tokenizer, prompt)
     _summary(result)
     if args.stats:
-        _write_stats(args.stats, result)
+        from .output import replace_text
+
+        replace_text(args.stats, json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -154,20 +156,6 @@ def _check_stats(file: Path) -> None:
         raise UsageError(f"--stats {file} is a directory; give a file")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UsageError(f"--stats {file} cannot be written: no permission")
-
-
-def _write_stats(file: Path, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=2) + "\n"
-    if file.exists() and not file.is_file():  # a pipe or a device: not to be replaced
-        file.write_text(text)
-        return
-    file = file.resolve()
-    temporary = file.with_name(file.name + ".writing")
-    try:
-        temporary.write_text(text)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _prompt_tokens(args: argparse.Namespace, tokenizer: Any) -> list[int]:

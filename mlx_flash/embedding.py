@@ -10,8 +10,8 @@ ones and those under other names than mlx-lm's usual ones stay in memory.
 
 from __future__ import annotations
 
-import json
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import numpy as np
 from .architectures import make_model
 from .directory import ModelDirectory
 from .errors import DamagedError, ModelError, ReadError
+from .resident_rows import header
 from .slots import DTYPES, UNITS
 
 PATH = "model.embed_tokens"
@@ -60,14 +61,16 @@ def find(directory: ModelDirectory) -> Table | None:
     """A model's embedding where it can stay on flash, else None."""
     found, names = None, set()
     for shard in directory.shards:
-        with open(shard, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        names |= header.keys()
-        if entry := header.get(f"{PATH}.weight"):
-            shape = tuple(entry["shape"])
-            at = 8 + size + entry["data_offsets"][0]
-            found = Table(shard, at, shape, entry["dtype"])
+        entries, start = header(shard)
+        names |= entries.keys()
+        if entry := entries.get(f"{PATH}.weight"):
+            try:
+                at = start + entry["data_offsets"][0]
+                found = Table(shard, at, tuple(entry["shape"]), entry["dtype"])
+            except (LookupError, TypeError) as error:
+                raise DamagedError(
+                    f"{shard} says nothing that can be read of {PATH}; convert the model again"
+                ) from error
     own_head = f"{HEAD}.weight" in names
     if found is None or not own_head or len(found.shape) != 2 or found.dtype not in FLOATS:
         return None
@@ -95,6 +98,7 @@ class FlashEmbedding(nn.Module):
         super().__init__()
         self._table = table
         self._file = os.open(table.path, os.O_RDONLY)
+        self._closed = weakref.finalize(self, os.close, self._file)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
 
@@ -132,6 +136,5 @@ class FlashEmbedding(nn.Module):
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._file >= 0:
-            os.close(self._file)
+        self._closed()
         self._file = -1

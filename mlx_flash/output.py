@@ -281,3 +281,17 @@ def write_text(path: Path, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file for a user, whole or not at all; into a pipe or a device as it is."""
+    if file.exists() and not file.is_file():  # not to be replaced
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()
+    temporary = file.with_name(file.name + ".writing")
+    try:
+        write_text(temporary, text)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -96,7 +96,12 @@ def reorder(
     positions = directory.config.get("max_position_embeddings")
     text = calibration_text.load(data, tokenizer, tokens, positions, seed)
     del tokenizer
-    settings = {"version": FORMAT_VERSION, "text": text.sha256, "predictor": selection.kind}
+    settings = {
+        "version": FORMAT_VERSION,
+        "text": text.sha256,
+        "predictor": selection.kind,
+        "fitted": _fitted(selection),
+    }
     found = {"text": text.source, "tokens": int(text.train.size), "predictor": selection.kind}
     work = source.with_name(source.name + ".reordering")
     key = _digest([settings, directory.config["flash"]["config_sha256"]])
@@ -105,7 +110,7 @@ def reorder(
     spool.check_disk(work, spool.disk_bytes(directory, row_demand.KIND, counts))
     with spool.working_directory(work, key):
         done = directory.config["flash"].get("row_order") or {}
-        if done.get("settings") == settings:
+        if done.get("settings") == settings and target == source and not dry_run:
             found |= {"done_before": True, "written": None}
         else:
             row_demand.record(directory, selection, text, work, budget, report)
@@ -118,6 +123,14 @@ def reorder(
                 found["written"] = str(target)
         spool.remove(work)
     return found
+
+
+def _fitted(selection: Selection) -> str | None:
+    """Tells trained predictors apart, whatever the order of rows."""
+    if selection.file is None:
+        return None
+    layers = [[layer.kind, layer.threshold, layer.rank] for layer in selection.file.layers]
+    return _digest([layers, selection.measured])
 
 
 def _selection(directory: ModelDirectory) -> Selection:

@@ -130,7 +130,7 @@ class SparseMLP(nn.Module):
         self._stats.layer_calls += 1
         if tokens > 1 and prediction.rows.size > STREAM_SHARE * rows:
             return self._dense(x, hidden, args, kwargs)
-        if self.in_any_order and prediction.rows.size <= self._stream.capacity(self.layer):
+        if self.in_any_order and 0 < prediction.rows.size <= self._stream.capacity(self.layer):
             return self._from_buffer(x, hidden, prediction.rows, args, kwargs)
         return self._compute(x, prediction, args, kwargs)
 
@@ -164,7 +164,8 @@ class SparseMLP(nn.Module):
         if prediction.values is not None and provides:
             known = (provides, prediction.values)
         cache = self._cache
-        if not self._on_prefix or prediction.rows.size > cache.table.capacity:
+        # Of no rows at all nothing may be computed: MLX's quantised products crash on them.
+        if not self._on_prefix or not 0 < prediction.rows.size <= cache.table.capacity:
             return self._add_up(x, prediction.rows, known, cache, args, kwargs)
         began, waited = time.perf_counter(), cache.wait_seconds
         cache.fetch(prediction.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import mlx.core as mx
@@ -115,3 +116,25 @@ def test_short_reads_are_continued(tmp_path, monkeypatch):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, to, at: real(fd, [to[0][:7]], at))
     np.testing.assert_array_equal(np.array(found(mx.array([9]))), expected)
+
+
+@pytest.mark.parametrize("damage", ["header", "entry"])
+def test_a_damaged_header(tmp_path, damage):
+    table = embedding.find(directory := directory_of(tmp_path))
+    content = table.path.read_bytes()
+    if damage == "header":
+        table.path.write_bytes(content[:8] + b"#" + content[9:])
+    else:
+        table.path.write_bytes(content.replace(b'"data_offsets"', b'"data_offsetz"'))
+    with pytest.raises(DamagedError, match="convert the model again"):
+        embedding.find(directory)
+
+
+def test_a_model_that_is_dropped_lets_go_of_the_file(tmp_path):
+    found = embedding.FlashEmbedding(embedding.find(directory_of(tmp_path)))
+    number = found._file
+    os.fstat(number)
+    del found
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(number)

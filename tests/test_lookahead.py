@@ -18,6 +18,7 @@ from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import PredictorError, ReadError
 from mlx_flash.loader import load, load_model
 from mlx_flash.policy import make_policy
+from mlx_flash.predictor_file import LayerPredictor, Predictors
 from mlx_flash.reader import RowReader
 from mlx_flash.row_stream import RowStream
 from mlx_flash.rows import RowLayout
@@ -215,3 +216,25 @@ def test_asked_for_where_it_has_no_use(tmp_path, capsys):
         load_model(ModelDirectory(path), lookahead=True)
     assert cli.main(["generate", "--model", str(path), "--prompt", "x", "--lookahead"]) == 2
     assert "leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["lfu", "window"])
+def test_a_token_that_names_no_row_of_a_quantised_model(tmp_path, policy):
+    """MLX's quantised products crash on no rows: they are not asked for any."""
+    path = convert(
+        FIXTURES / TRAINED[1], tmp_path / "m", dtype="float32", quantize=True, q_group_size=32
+    )
+    directory = ModelDirectory(path)
+    layers = []
+    for layer in directory.rows.layers:
+        tensors = {
+            "first": mx.zeros((4, directory.d_model)),
+            "second": mx.zeros((layer.rows, 4)),
+            "bias": mx.full((layer.rows,), -1e9),
+        }
+        layers.append(LayerPredictor("low-rank", 0.5, "none", tensors, {"4": layer.rows / 5}))
+    predictors = Predictors("low-rank", directory.rows.fingerprint, layers, {})
+    predictor_file.write(path / predictor_file.NAME, predictors)
+    model = load_model(directory, cache_share=0.15, policy=policy)
+    assert len(greedy(model, [5, 6, 7], 4)) == 4
+    assert model.flash.stats().bytes_read == 0
