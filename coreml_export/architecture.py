@@ -1,7 +1,7 @@
-"""What a decoder is made of: one description for every architecture that can be exported.
+"""From a model to its description, family by family.
 
 A family's function reads the arguments of the mlx-lm model that mlx_flash would run, and names the
-tensors of each part. Everything after this module works on the description alone.
+tensors of each part.
 
 Knows: llama, mistral, qwen2, qwen3, sparsellama, bamboo, opt, falcon, persimmon, phi. Does not
 know: MIL, numbers of weights. Any other family is an error.
@@ -10,7 +10,6 @@ know: MIL, numbers of weights. Any other family is an error.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -21,110 +20,11 @@ from mlx_flash.errors import ModelError
 from mlx_flash.models.falcon import alibi_slopes
 from mlx_flash.models.opt import FIRST_POSITION
 
+from .description import Attention, Decoder, Ffn, Layer, Linear, Norm, Tensor
 from .errors import ExportError
 from .source import Source
 
 ACTIVATIONS = ("relu", "relu2", "fatrelu", "gelu", "gelu_approx", "silu")
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A named tensor, or some of its rows in another order."""
-
-    name: str
-    rows: np.ndarray | None = None
-    part: str = ""  # tells selections of one tensor apart
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}:{self.part}" if self.part else self.name
-
-
-@dataclass(frozen=True)
-class Linear:
-    weight: Tensor
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Root mean square or layer norm; without a weight it only normalises."""
-
-    kind: str  # "rms" or "layer"
-    eps: float
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Attention:
-    q: Linear
-    k: Linear
-    v: Linear
-    out: Linear
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-
-
-@dataclass(frozen=True)
-class Ffn:
-    """``down(act(gate(x)) * up_act(up(x)))``, or ``down(act(up(x)))`` without a gate."""
-
-    up: Linear
-    down: Linear
-    gate: Linear | None
-    activation: str
-    threshold: float = 0.0
-    up_activation: str | None = None
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A decoder layer; ``order`` says how its halves are put together.
-
-    pre: ``x += attn(n1(x)); x += ffn(n2(x))``. post: ``x = n1(x + attn(x)); x = n2(x + ffn(x))``.
-    parallel: ``x + attn(n1(x)) + ffn(n2(x))``, where without n2 the FFN takes ``n1(x)``, too.
-    """
-
-    order: str
-    attention: Attention
-    ffn: Ffn
-    attention_norm: Norm
-    ffn_norm: Norm | None
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """All that the export needs of an architecture."""
-
-    model_type: str
-    d_model: int
-    d_ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    layers: list[Layer]
-    embedding: Tensor
-    head: Linear
-    final_norm: Norm | None
-    rope: Any = None  # mlx-lm's module, the same for all layers
-    rope_dims: int = 0
-    rope_traditional: bool = False
-    positions: Tensor | None = None  # learned ones
-    first_position: int = 0
-    project_in: Linear | None = None
-    project_out: Linear | None = None
-    slopes: np.ndarray | None = None  # ALiBi's, one for each head
-    limit: int | None = None  # tokens beyond which the model has no positions
-    scale: float = field(default=1.0)
-
-    @property
-    def d_embedding(self) -> int:
-        """Width of the token embedding; narrower than d_model where something projects it."""
-        return self._narrow or self.d_model
-
-    _narrow: int = 0
 
 
 def describe(source: Source) -> Decoder:
@@ -151,20 +51,6 @@ def describe(source: Source) -> Decoder:
             f"{source.path}: {decoder.heads} heads are no multiple of {decoder.kv_heads} of keys"
         )
     return decoder
-
-
-def check_context(decoder: Decoder, context: int) -> None:
-    """Raise ExportError unless the decoder can run so many tokens."""
-    if context < 64 or context % 32:
-        raise ExportError(
-            f"a context of {context} tokens; expected a multiple of 32, at least 64 "
-            "(Core ML's states fail otherwise)"
-        )
-    if decoder.limit is not None and context > decoder.limit:
-        raise ExportError(
-            f"a context of {context} tokens, but this {decoder.model_type} model has positions or "
-            f"a window for {decoder.limit} only; choose a --context up to that"
-        )
 
 
 def _linear(source: Source, path: str, rows: np.ndarray | None = None, part: str = "") -> Linear:
@@ -356,7 +242,7 @@ def _opt(source: Source, table: families.Ffn) -> Decoder:
         project_out=_linear(source, f"{base}.project_out") if "project_out" in inner else None,
         limit=args.max_position_embeddings,
         scale=head_dim**-0.5,
-        _narrow=args.word_embed_proj_dim,
+        narrow=args.word_embed_proj_dim,
     )
 
 

@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="paged profile: auto, exact, or trained by mlx_flash calibrate (default: auto)",
     )
     parser.add_argument(
+        "--rows", default="fp16", help="paged profile: fp16, or int8 for iOS26 (default: fp16)"
+    )
+    parser.add_argument(
         "--cache-rows", type=int, help="rows of a layer that the state holds (default: a quarter)"
     )
     parser.add_argument(
@@ -110,6 +113,7 @@ def _settings(args: argparse.Namespace) -> Any:
         units=args.units,
         cache_rows=args.cache_rows,
         predictor=args.predictor,
+        rows=args.rows,
         part_bytes=int(args.part_size * 1e9),
     )
 

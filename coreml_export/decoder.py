@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .architecture import Decoder
+from .description import Decoder
 from .mil import TARGETS, mb, mil, types
 from .parts import Builder, Cache
 from .weights import Weights

@@ -11,22 +11,22 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_flash.layout import PAGE, RowLayout
+from mlx_flash.layout import PAGE
 from mlx_flash.rows import RowFileWriter
 
 from . import decoder as dense
 from . import manifest, package, paged, predictor, readme, tokenizer
-from .architecture import Decoder, Tensor, check_context, describe
+from .architecture import describe
+from .description import Decoder, check_context, tensors
 from .errors import ExportError
 from .mil import fresh_names
-from .quantize import Packed, pack
 from .recipes import Recipe, recipe, scheme_of
 from .source import Source, chat_template
 from .weights import Weights
@@ -53,6 +53,7 @@ class Settings:
         units: what the app will run the dense packages on.
         cache_rows: rows of a layer that the state of rows holds; None takes a quarter of them.
         predictor: see ``predictor.choose``.
+        rows: type of the paged profile's rows, "fp16" or, for iOS 26, "int8".
         part_bytes: bytes of weights that a package of the decoder stays below.
         recipe: what ``quant`` and ``table`` come to; None works it out.
     """
@@ -65,6 +66,7 @@ class Settings:
     units: str = "cpuAndGPU"
     cache_rows: int | None = None
     predictor: str = "auto"
+    rows: str = "fp16"
     part_bytes: int = PART_BYTES
     recipe: Recipe | None = None
 
@@ -78,6 +80,13 @@ class Settings:
             )
         if self.units not in UNITS:
             raise ExportError(f"units {self.units!r}; expected one of {', '.join(UNITS)}")
+        if self.rows not in ("fp16", "int8"):
+            raise ExportError(f"rows of {self.rows!r}; expected fp16 or int8")
+        if self.rows == "int8" and self.target != "iOS26":
+            raise ExportError(
+                f"rows of int8 for {self.target}: before iOS 26 Core ML widens int8 inputs to "
+                "int32; take --target iOS26, or rows of fp16"
+            )
         if self.recipe is None:
             object.__setattr__(self, "recipe", recipe(self.quant, self.table))
         if self.units != "cpuAndGPU" and any(s == "int4" for _, s in self.recipe):
@@ -214,22 +223,6 @@ def metadata(decoder: Decoder, settings: Settings, part: str) -> dict[str, str]:
     }
 
 
-def tensors(value: Any) -> Iterator[tuple[Tensor, bool]]:
-    """(tensor, whether it is a matrix of a linear layer or the embedding) in a description."""
-    if isinstance(value, Tensor):
-        yield value, False
-    elif isinstance(value, list):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value):
-        for f in fields(value):
-            item = getattr(value, f.name)
-            if isinstance(item, Tensor):
-                yield item, f.name == "embedding" or type(value).__name__ == "Linear"
-            else:
-                yield from tensors(item)
-
-
 def _bytes(source: Source, settings: Settings, value: Any) -> int:
     """Bytes that a part of a description takes in a package, each tensor once."""
     found = {}
@@ -304,7 +297,9 @@ def _paged(
     path, guess = out / "paged.mlpackage", out / "predictor.mlpackage"
     weights = Weights(source, settings.recipe, reads.of("paged"))
     _package(
-        lambda: paged.functions(decoder, weights, settings.context, capacity),
+        lambda: paged.functions(
+            decoder, weights, settings.context, capacity, settings.rows == "int8", settings.target
+        ),
         path,
         metadata(decoder, settings, "paged"),
         settings.target,
@@ -335,28 +330,29 @@ def _paged(
 def _rows(
     source: Source, decoder: Decoder, settings: Settings, out: Path, reads: _Progress
 ) -> dict[str, Any]:
-    shape = paged.row_shape(decoder)
-    layout = RowLayout.of([("row", "F16", (shape.width,))])
+    shape, int8 = paged.row_shape(decoder), settings.rows == "int8"
+    layout = paged.row_layout(decoder, int8)
     counts = [decoder.d_ffn] * len(decoder.layers)
     path = out / "rows.safetensors"
     writer = RowFileWriter(path, layout, counts, "coreml_export")
-    weights = Weights(source, settings.recipe, reads.of("rows"))
     try:
         for layer in range(len(counts)):
+            weights = Weights(source, settings.recipe, reads.of("rows"))
             rows = paged.rows_of_layer(weights, decoder, layer)
+            pieces = paged.as_int8(shape, rows) if int8 else [rows]
             block = np.zeros((len(rows), layout.stride), np.uint8)
-            block[:, : 2 * shape.width] = rows.view(np.uint8)
+            layout.pack([np.ascontiguousarray(p).view(np.uint8) for p in pieces], block)
             writer.write(layer, [block])
-            weights = Weights(source, settings.recipe, weights.progress)
     finally:
         writer.close()
     start = path.stat().st_size - sum(counts) * layout.stride
     return {
         "file": path.name,
-        "dtype": "float16",
+        "dtype": "int8" if int8 else "float16",
+        "extra": shape.extra if int8 else 0,
         "parts": list(shape.parts),
         "biases": list(shape.biases),
-        "width": shape.width,
+        "width": shape.codes if int8 else shape.width,
         "stride": layout.stride,
         "rows": decoder.d_ffn,
         "data_starts_on": PAGE,
@@ -371,34 +367,13 @@ def _embedding(source: Source, decoder: Decoder, settings: Settings, out: Path) 
     return {"file": "embedding.bin", "dtype": "float16", "shape": list(table.shape)}
 
 
-def stored(source: Source, decoder: Decoder, chosen: Recipe) -> dict[str, np.ndarray]:
-    """Every tensor as the packages store it, back in float32 and in the source's order."""
-    matrices: dict[str, list[Tensor]] = {}
-    for tensor, matrix in tensors(decoder):
-        if matrix:
-            known = matrices.setdefault(tensor.name, [])
-            if tensor.key not in [t.key for t in known]:
-                known.append(tensor)
-    found = {}
-    for name in sorted(source.names):
-        array = np.array(source.take(name))
-        for tensor in matrices.get(name, [Tensor(name)]):
-            rows = slice(None) if tensor.rows is None else tensor.rows
-            scheme = scheme_of(name, array[rows].shape, chosen) if name in matrices else "fp16"
-            packed: Packed = pack(array[rows], scheme)
-            array[rows] = packed.floats()
-        found[name] = array
-    return found
-
-
 def _estimate(source: Source, decoder: Decoder, settings: Settings) -> int:
     """Bytes of disk that an export takes at its largest."""
     total = 0
     if "dense" in settings.profiles:
         total += _bytes(source, settings, decoder)
     if "paged" in settings.profiles:
-        shape = paged.row_shape(decoder)
-        stride = RowLayout.of([("row", "F16", (shape.width,))]).stride
+        stride = paged.row_layout(decoder, settings.rows == "int8").stride
         total += _bytes(source, settings, decoder) + stride * decoder.d_ffn * len(decoder.layers)
         total += 2 * decoder.vocab * decoder.d_embedding
     return total + total // 10 + SLACK

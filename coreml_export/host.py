@@ -38,7 +38,7 @@ class Rows:
             raise DamagedError(
                 f"{path} is not laid out as the manifest says; copy the export again"
             )
-        self._width = expected["width"]
+        self._layout, self._expected = file.layout, expected
         mapped = np.memmap(path, np.uint8, "r")
         self._layers = [
             mapped[layer.offset : layer.offset + layer.nbytes].reshape(
@@ -47,10 +47,22 @@ class Rows:
             for layer in file.layers
         ]
 
-    def take(self, layer: int, rows: np.ndarray) -> np.ndarray:
-        """Some rows, fp16 [n, width]."""
-        found = self._layers[layer][rows][:, : 2 * self._width]
-        return np.ascontiguousarray(found).view(np.float16)
+    def take(self, layer: int, rows: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+        """Some rows as functions want them, and zeros up to ``count``.
+
+        Returns:
+            rows [count, width]; of int8 also their scales and biases [count, extra].
+        """
+        found = self._layers[layer][rows]
+        kinds = [np.int8, np.float16] if self._expected["dtype"] == "int8" else [np.float16]
+        widths = [self._expected["width"], self._expected["extra"]]
+        tables = []
+        for part, kind, width in zip(self._layout.parts, kinds, widths, strict=False):
+            table = np.zeros((count, width), kind)
+            piece = np.ascontiguousarray(found[:, part.offset : part.offset + part.nbytes])
+            table[: len(rows)] = piece.view(kind)
+            tables.append(table)
+        return tuple(tables)
 
 
 class Slots:
@@ -117,7 +129,6 @@ class PagedHost:
         embedding = manifest["embedding"]
         table = np.memmap(path / embedding["file"], np.float16, "r")
         self._embedding = table.reshape(embedding["shape"])
-        self._width = paged["rows"]["width"]
         self.reset()
 
     def reset(self) -> None:
@@ -163,16 +174,15 @@ class PagedHost:
         self.counts.predicted += len(rows)
         return rows
 
-    def _ffn(self, layer: int, given: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-        inputs = {"residual": given["residual"], "ffnInput": given["ffnInput"]}
+    def _ffn(self, layer: int, result: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+        inputs = {key: result[key] for key in ("residual", "ffnInput")}
         if self.mode == "cache" and len(rows) < self.capacity:
             return self._through_cache(layer, inputs, rows)
         size = next(n for n in self.buckets if n >= len(rows))
-        table = np.zeros((size, self._width), np.float16)
-        table[: len(rows)] = self._rows.take(layer, rows)
+        given = dict(zip(("rows", "extra"), self._rows.take(layer, rows, size), strict=False))
         self.counts.read += len(rows)
         self.counts.calls += 1
-        return self._paged.function(f"ffn_rows_{size}")(inputs | {"rows": table})["hiddenOut"]
+        return self._paged.function(f"ffn_rows_{size}")(inputs | given)["hiddenOut"]
 
     def _through_cache(
         self, layer: int, inputs: dict[str, np.ndarray], rows: np.ndarray
@@ -186,14 +196,13 @@ class PagedHost:
             left = len(missing) - at
             size = next((n for n in self.new_rows if n >= left), self.new_rows[-1])
             count = min(left, size)
-            table = np.zeros((size, self._width), np.float16)
+            tables = self._rows.take(layer, missing[at : at + count], size)
             places = np.full(size, self.capacity - 1, np.int32)
-            if count:
-                table[:count] = self._rows.take(layer, missing[at : at + count])
-                places[:count] = slots[at : at + count]
+            places[:count] = slots[at : at + count]
+            given = inputs | dict(zip(("newRows", "extra"), tables, strict=False))
             function = self._paged.function(f"ffn_cache_{size}")
             state = self._cached.setdefault(layer, function.new_state())
-            hidden = function(inputs | {"newRows": table, "slots": places}, state)["hiddenOut"]
+            hidden = function(given | {"slots": places}, state)["hiddenOut"]
             at += count
             self.counts.calls += 1
             if not count:

@@ -5,6 +5,8 @@ of one FFN function, then one of ``head``. FFN functions hold no weights and ser
 ``ffn_rows_N`` computes over N rows that the caller hands over; ``ffn_cache_N`` first scatters N new
 rows into a state of rows that stays with Core ML, then computes over all of it (a sliding window as
 a state). A row is as it lies in the row file: gate, up and down one behind the other, then biases.
+For iOS 26 rows may be int8: their scales and biases are then an input of their own, ``extra``, and
+the state holds the float16 numbers that they stand for.
 
 Knows: names, shapes, states of the functions. Does not know: which rows are wanted (``host``).
 """
@@ -17,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .architecture import Decoder
+from mlx_flash.layout import RowLayout
+
 from .decoder import MULTIPLE, state
+from .description import Decoder
 from .mil import TARGETS, mb, types
 from .parts import Builder, Cache, activate
 from .weights import Weights
@@ -41,6 +45,16 @@ class RowShape:
         whole = len(self.parts) * self.d_model + len(self.biases)
         return -(-whole // MULTIPLE) * MULTIPLE
 
+    @property
+    def codes(self) -> int:
+        """Numbers in a row of int8 without its scales and biases."""
+        return len(self.parts) * self.d_model
+
+    @property
+    def extra(self) -> int:
+        """Scales and biases of a row of int8."""
+        return len(self.parts) + len(self.biases)
+
 
 def row_shape(decoder: Decoder) -> RowShape:
     """The shape of a decoder's rows."""
@@ -62,21 +76,28 @@ def buckets(rows: int) -> list[int]:
     return [*found, whole]
 
 
-def functions(decoder: Decoder, weights: Weights, context: int, cache_rows: int) -> dict[str, Any]:
+def functions(
+    decoder: Decoder,
+    weights: Weights,
+    context: int,
+    cache_rows: int,
+    int8: bool = False,
+    target: str = "iOS18",
+) -> dict[str, Any]:
     """MIL functions of the paged package by name."""
     builder = Builder(decoder, weights, 1, context)
     shape = row_shape(decoder)
-    made = {f"attention_{i}": _attention(builder, i) for i in range(len(decoder.layers))}
+    made = {f"attention_{i}": _attention(builder, i, target) for i in range(len(decoder.layers))}
     for size in buckets(decoder.d_ffn):
-        made[f"ffn_rows_{size}"] = _rows(decoder, shape, size)
+        made[f"ffn_rows_{size}"] = _rows(decoder, shape, size, int8, target)
     for size in NEW_ROWS:
-        made[f"ffn_cache_{size}"] = _cached(decoder, shape, size, cache_rows)
-    made["head"] = _head(builder)
+        made[f"ffn_cache_{size}"] = _cached(decoder, shape, size, cache_rows, int8, target)
+    made["head"] = _head(builder, target)
     return made
 
 
-def _function(body: Callable[..., Any], specs: list[Any]) -> Any:
-    return mb._create_function(body, specs, TARGETS["iOS18"])
+def _function(body: Callable[..., Any], specs: list[Any], target: str = "iOS18") -> Any:
+    return mb._create_function(body, specs, TARGETS[target])
 
 
 def _hidden(width: int) -> Any:
@@ -90,7 +111,7 @@ def _after(builder: Builder, x: Any, layer: int) -> Any:
     return builder.norm(x, builder.decoder.layers[layer].ffn_norm)
 
 
-def _attention(builder: Builder, index: int) -> Any:
+def _attention(builder: Builder, index: int, target: str) -> Any:
     decoder, context = builder.decoder, builder.context
     part = decoder.layers[index]
 
@@ -125,7 +146,7 @@ def _attention(builder: Builder, index: int) -> Any:
         state(context, decoder),
         state(context, decoder),
     ]
-    return _function(body, specs)
+    return _function(body, specs, target)
 
 
 def _over(decoder: Decoder, shape: RowShape, residual: Any, x: Any, rows: Any, count: int) -> Any:
@@ -153,37 +174,70 @@ def _over(decoder: Decoder, shape: RowShape, residual: Any, x: Any, rows: Any, c
     return mb.identity(x=y, name="hiddenOut")
 
 
-def _rows(decoder: Decoder, shape: RowShape, count: int) -> Any:
+def _wide(shape: RowShape, rows: Any, extra: Any, count: int) -> Any:
+    """Rows of int8 with their scales and biases as rows of float16."""
+    d = shape.d_model
+    pieces = []
+    for i in range(len(shape.parts)):
+        codes = mb.slice_by_index(x=rows, begin=[0, i * d], end=[count, (i + 1) * d])
+        scale = mb.slice_by_index(x=extra, begin=[0, i], end=[count, i + 1])
+        pieces.append(mb.mul(x=mb.cast(x=codes, dtype="fp16"), y=scale))
+    if shape.biases:
+        biases = mb.slice_by_index(x=extra, begin=[0, len(shape.parts)], end=[count, shape.extra])
+        pieces.append(biases)
+    if rest := shape.width - shape.codes - len(shape.biases):
+        pieces.append(np.zeros((count, rest), np.float16))
+    return mb.concat(values=pieces, axis=1)
+
+
+def _row_specs(shape: RowShape, count: int, int8: bool) -> list[Any]:
+    if not int8:
+        return [mb.TensorSpec(shape=(count, shape.width), dtype=types.fp16)]
+    return [
+        mb.TensorSpec(shape=(count, shape.codes), dtype=types.int8),
+        mb.TensorSpec(shape=(count, shape.extra), dtype=types.fp16),
+    ]
+
+
+def _rows(decoder: Decoder, shape: RowShape, count: int, int8: bool, target: str) -> Any:
     def body(residual, ffnInput, rows):  # noqa: ANN001, ANN202
         return _over(decoder, shape, residual, ffnInput, rows, count)
 
-    rows = mb.TensorSpec(shape=(count, shape.width), dtype=types.fp16)
-    return _function(body, [_hidden(shape.d_model), _hidden(shape.d_model), rows])
+    def coded(residual, ffnInput, rows, extra):  # noqa: ANN001, ANN202
+        return body(residual, ffnInput, _wide(shape, rows, extra, count))
+
+    specs = [_hidden(shape.d_model), _hidden(shape.d_model), *_row_specs(shape, count, int8)]
+    return _function(coded if int8 else body, specs, target)
 
 
-def _cached(decoder: Decoder, shape: RowShape, new: int, capacity: int) -> Any:
+def _cached(
+    decoder: Decoder, shape: RowShape, new: int, capacity: int, int8: bool, target: str
+) -> Any:
     def body(residual, ffnInput, newRows, slots, rowCache):  # noqa: ANN001, ANN202
         held = mb.read_state(input=rowCache)
         held = mb.scatter(data=held, indices=slots, updates=newRows, axis=0, mode="update")
         held = mb.coreml_update_state(state=rowCache, value=held)
         return _over(decoder, shape, residual, ffnInput, held, capacity)
 
+    def coded(residual, ffnInput, newRows, extra, slots, rowCache):  # noqa: ANN001, ANN202
+        return body(residual, ffnInput, _wide(shape, newRows, extra, new), slots, rowCache)
+
     specs = [
         _hidden(shape.d_model),
         _hidden(shape.d_model),
-        mb.TensorSpec(shape=(new, shape.width), dtype=types.fp16),
+        *_row_specs(shape, new, int8),
         mb.TensorSpec(shape=(new,), dtype=types.int32),
         mb.StateTensorSpec(shape=(capacity, shape.width), dtype=types.fp16),
     ]
-    return _function(body, specs)
+    return _function(coded if int8 else body, specs, target)
 
 
-def _head(builder: Builder) -> Any:
+def _head(builder: Builder, target: str) -> Any:
     def body(hidden):  # noqa: ANN001, ANN202
         x = _after(builder, hidden, len(builder.decoder.layers) - 1)
         return mb.identity(x=builder.head(x), name="logits")
 
-    return _function(body, [_hidden(builder.decoder.d_model)])
+    return _function(body, [_hidden(builder.decoder.d_model)], target)
 
 
 def rows_of_layer(weights: Weights, decoder: Decoder, layer: int) -> np.ndarray:
@@ -202,3 +256,22 @@ def rows_of_layer(weights: Weights, decoder: Decoder, layer: int) -> np.ndarray:
     for i, name in enumerate(shape.biases):
         rows[:, len(shape.parts) * d + i] = weights.read(linears[name].bias)
     return rows
+
+
+def row_layout(decoder: Decoder, int8: bool) -> RowLayout:
+    """How a row lies in the row file."""
+    shape = row_shape(decoder)
+    if not int8:
+        return RowLayout.of([("row", "F16", (shape.width,))])
+    parts = [("row", "U8", (shape.codes,)), ("extra", "F16", (shape.extra,))]
+    return RowLayout.of(parts, pad=False)
+
+
+def as_int8(shape: RowShape, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(codes int8 [n, codes], scales and biases float16 [n, extra]) of rows of float16."""
+    d, parts = shape.d_model, len(shape.parts)
+    wide = rows[:, : shape.codes].astype(np.float32).reshape(len(rows), parts, d)
+    scale = np.maximum(np.abs(wide).max(axis=2) / 127, 2.0**-20).astype(np.float16)
+    codes = np.rint(wide / scale.astype(np.float32)[..., None]).clip(-127, 127).astype(np.int8)
+    extra = np.concatenate([scale, rows[:, shape.codes : shape.codes + len(shape.biases)]], axis=1)
+    return codes.reshape(len(rows), shape.codes), extra

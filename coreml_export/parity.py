@@ -178,11 +178,12 @@ def paged(
     against: str,
     masks: list[Callable[[np.ndarray], np.ndarray]],
     exact: bool,
+    float16: bool = True,
 ) -> None:
     """Measure the paged packages against logits, and the predictors against MLX's."""
     count = min(TOKENS, len(tokens))
     found = host.decode(tokens[:count])
-    gate = PAGED if exact else None
+    gate = (PAGED if float16 else MODEL["int8"]) if exact else None
     report.add(f"paged ({host.mode})", against, distance(found, expected[:count]), gate)
     agree = total = 0
     for layer, mask in enumerate(masks):

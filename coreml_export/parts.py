@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import rotary
-from .architecture import Attention, Decoder, Ffn, Layer, Linear, Norm
+from .description import Attention, Decoder, Ffn, Layer, Linear, Norm
 from .mil import mb
 from .weights import Weights
 

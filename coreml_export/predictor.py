@@ -21,7 +21,7 @@ from mlx_flash import families, predictor_file
 from mlx_flash.errors import FlashError
 from mlx_flash.predictor import LowRank, ResidentPart
 
-from .architecture import Decoder, Ffn
+from .description import Decoder, Ffn
 from .errors import ExportError
 from .mil import TARGETS, mb, types
 from .parts import Builder, activate

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from .architecture import Decoder
+from .description import Decoder
 
 
 def tables(decoder: Decoder, context: int) -> tuple[np.ndarray, np.ndarray]:

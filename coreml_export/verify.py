@@ -12,13 +12,14 @@ import mlx.core as mx
 import numpy as np
 
 from . import export, parity, predictor, tokenizer
-from .architecture import Decoder
+from .description import Decoder
 from .device import DevicePackage
 from .host import PagedHost
 from .interpreter import Package
 from .parity import Report
 from .runner import DenseRunner
 from .source import Source
+from .weights import stored as stored_tensors
 
 MOST = 128  # tokens that prefill is measured on
 
@@ -59,7 +60,7 @@ def measure(
     context = content["context"]
     tokens = tokenizer.sample(out / "tokenizer", min(MOST, context))
     tokens = [t % decoder.vocab for t in tokens]
-    kept = export.stored(source, decoder, settings.recipe)
+    kept = stored_tensors(source, decoder, settings.recipe)
     reference = logits(source.reference(), tokens)
     stored = logits(source.reference(kept), tokens)
     decoded = None
@@ -79,7 +80,9 @@ def measure(
         name = "dense package" if decoded is not None else "MLX float32, stored weights"
         for mode in ("rows", "cache"):
             host = PagedHost(out, content, mode)
-            parity.paged(report, host, tokens, against, name, masks, content["paged"]["exact"])
+            exact = content["paged"]["exact"]
+            float16 = content["paged"]["rows"]["dtype"] == "float16"
+            parity.paged(report, host, tokens, against, name, masks, exact, float16)
     return report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .architecture import Tensor
+from .description import Decoder, Tensor, tensors
 from .errors import ExportError
 from .mil import mb, np_int4_dtype, np_uint4_dtype
 from .quantize import Packed, pack
@@ -100,3 +100,23 @@ class Weights:
 
 def _name(key: str) -> str:
     return re.sub(r"\W", "_", key)
+
+
+def stored(source: Source, decoder: Decoder, chosen: Recipe) -> dict[str, np.ndarray]:
+    """Every tensor as the packages store it, back in float32 and in the source's order."""
+    matrices: dict[str, list[Tensor]] = {}
+    for tensor, matrix in tensors(decoder):
+        if matrix:
+            known = matrices.setdefault(tensor.name, [])
+            if tensor.key not in [t.key for t in known]:
+                known.append(tensor)
+    found = {}
+    for name in sorted(source.names):
+        array = np.array(source.take(name))
+        for tensor in matrices.get(name, [Tensor(name)]):
+            rows = slice(None) if tensor.rows is None else tensor.rows
+            scheme = scheme_of(name, array[rows].shape, chosen) if name in matrices else "fp16"
+            packed: Packed = pack(array[rows], scheme)
+            array[rows] = packed.floats()
+        found[name] = array
+    return found

@@ -171,6 +171,18 @@ def test_quantised_exports_compute_what_their_weights_say(quant, tmp_path):
     assert bits < {"int8": 9.0, "int4": 5.5, "palette4": 5.5}[quant]
 
 
+def test_rows_of_int8_for_ios_26(tmp_path):
+    model = FIXTURES / "opt-austen"
+    asked = {"profiles": ("dense", "paged"), "rows": "int8", "target": "iOS26"}
+    out = make(model, tmp_path / "out", **asked)
+    assert report(model, out, **asked).failed == []
+    inputs = manifest.functions(out / "paged.mlpackage")["ffn_rows_64"]["inputs"]
+    assert inputs["rows"] == {"dtype": "int8", "shape": [64, 2 * 128]}
+    assert inputs["extra"] == {"dtype": "float16", "shape": [64, 3]}
+    stride = manifest.read(out)["paged"]["rows"]["stride"]
+    assert stride == 512  # half of what float16 takes
+
+
 def test_a_table_mixes_schemes(tmp_path):
     (tmp_path / "table.json").write_text('{"*self_attn*": "int8", "*embed*": "fp16"}')
     chosen = settings(quant="int4", table=tmp_path / "table.json")
@@ -223,6 +235,7 @@ def small(tmp_path_factory):
         (["--quant-table", "/nowhere"], "no table"),
         (["--part-size", "0.00001"], "no package may go above"),
         (["--cache-rows", "0"], "at least 1"),
+        (["--rows", "int8"], "--target iOS26"),
     ],
 )
 def test_what_cannot_be_done_is_refused(flags, said, small, tmp_path, capsys):
