@@ -1,1 +1,1 @@
-"""Core ML packages of a model, its predictor and its rows; ``python -m coreml_export``."""
+"""Core ML packages of mlx_flash model directories. Nothing is exported yet; see CHANGELOG.md."""
