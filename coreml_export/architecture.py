@@ -56,8 +56,8 @@ def describe(source: Source) -> Decoder:
 def _linear(source: Source, path: str, rows: np.ndarray | None = None, part: str = "") -> Linear:
     bias = f"{path}.bias"
     return Linear(
-        Tensor(f"{path}.weight", rows, part),
-        Tensor(bias, rows, part) if bias in source.names else None,
+        Tensor(f"{path}.weight", rows, part=part),
+        Tensor(bias, rows, part=part) if bias in source.names else None,
     )
 
 

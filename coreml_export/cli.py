@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the app runs on: cpuAndGPU, cpuAndNeuralEngine or all (default: cpuAndGPU)",
     )
     parser.add_argument(
+        "--precision",
+        choices=["mixed", "fp16"],
+        help="mixed sums residuals, norms and logits in float32; fp16 is for the Neural Engine "
+        "(default: mixed, with the Neural Engine among --units fp16)",
+    )
+    parser.add_argument(
         "--predictor",
         default="auto",
         help="paged profile: auto, exact, or trained by mlx_flash calibrate (default: auto)",
@@ -113,6 +119,7 @@ def _settings(args: argparse.Namespace) -> Any:
         units=args.units,
         cache_rows=args.cache_rows,
         predictor=args.predictor,
+        precision=args.precision,
         rows=args.rows,
         part_bytes=int(args.part_size * 1e9),
     )
@@ -177,6 +184,7 @@ def _check(args: argparse.Namespace) -> int:
         quant=content["quantisation"],
         context=content["context"],
         units=content["units"],
+        precision=content["precision"],
         recipe=chosen,
     )
     report = measure(out, content, source, describe(source), settings, args.coreml)

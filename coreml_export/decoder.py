@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .description import Decoder
+from .description import MULTIPLE, Decoder
 from .mil import TARGETS, mb, mil, types
 from .parts import Builder, Cache
 from .weights import Weights
 
 LENGTHS = {"decode": 1, "prefill": 64}
-MULTIPLE = 32  # what dimensions of a state are multiples of
 
 
 @dataclass(frozen=True)
@@ -89,18 +88,22 @@ def plan(decoder: Decoder, layer_bytes: Sequence[int], ends: tuple[int, int], li
     return result
 
 
-def functions(decoder: Decoder, weights: Weights, part: Part, context: int) -> dict[str, Any]:
+def functions(
+    decoder: Decoder, weights: Weights, part: Part, context: int, wide: bool = True
+) -> dict[str, Any]:
     """MIL functions of one package by name."""
     made: dict[str, Any] = {}
     for name, length in LENGTHS.items():
-        builder = Builder(decoder, weights, length, context)
+        builder = Builder(decoder, weights, length, context, wide)
         if part.layers:
             made[name] = _layers(builder, part)
         elif part.embeds:
             made[f"embed_{name}"] = _function(_embed(builder), [_ids(length)])
-            made[f"head_{name}"] = _function(_head(builder), [_hidden(length, decoder.d_model)])
+            made[f"head_{name}"] = _function(
+                _head(builder), [_hidden(length, decoder.d_model, wide)]
+            )
         else:
-            made[name] = _function(_head(builder), [_hidden(length, decoder.d_model)])
+            made[name] = _function(_head(builder), [_hidden(length, decoder.d_model, wide)])
     return made
 
 
@@ -112,8 +115,8 @@ def _ids(length: int) -> Any:
     return mb.TensorSpec(shape=(1, length), dtype=types.int32)
 
 
-def _hidden(length: int, width: int) -> Any:
-    return mb.TensorSpec(shape=(1, length, width), dtype=types.fp16)
+def _hidden(length: int, width: int, wide: bool) -> Any:
+    return mb.TensorSpec(shape=(1, length, width), dtype=types.fp32 if wide else types.fp16)
 
 
 def state(rows: int, decoder: Decoder) -> Any:
@@ -170,7 +173,8 @@ def _layers(builder: Builder, part: Part) -> Any:
         return run(hidden, position, causalMask, [keyCache, valueCache])
 
     width = decoder.d_embedding if part.layers[0] == 0 else decoder.d_model
-    return _function(later, [_hidden(length, width), *rest])
+    wide = builder.wide and part.layers[0] != 0  # embeddings are fp16 anyway
+    return _function(later, [_hidden(length, width, wide), *rest])
 
 
 def program(made: dict[str, Any]) -> Any:

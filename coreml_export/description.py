@@ -7,6 +7,7 @@ Knows: the parts of a decoder, the names of their tensors. Does not know: famili
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -15,14 +16,23 @@ import numpy as np
 
 from .errors import ExportError
 
+MULTIPLE = 32
+SLICES = 4  # of the head, whose sums are added up in float32
+
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A named tensor, or some of its rows in another order."""
+    """A named tensor, some of its rows in another order, or some of its columns."""
 
     name: str
     rows: np.ndarray | None = None
+    columns: tuple[int, int] | None = None
     part: str = ""  # tells selections of one tensor apart
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """What it selects of the whole tensor."""
+        chosen = array if self.rows is None else array[self.rows]
+        return chosen[:, slice(*self.columns)] if self.columns else chosen
 
     @property
     def key(self) -> str:
@@ -113,6 +123,17 @@ class Decoder:
     def d_embedding(self) -> int:
         """Width of the token embedding; narrower than d_model where something projects it."""
         return self.narrow or self.d_model
+
+
+def column_slices(tensor: Tensor, width: int) -> list[Tensor]:
+    """A matrix cut along its input into SLICES pieces of whole blocks of 32, or fewer."""
+    blocks = -(-width // MULTIPLE)
+    count = min(SLICES, blocks)
+    edges = [min(width, blocks * i // count * MULTIPLE) for i in range(count)] + [width]
+    return [
+        Tensor(tensor.name, tensor.rows, (a, b), f"columns{a}")
+        for a, b in itertools.pairwise(edges)
+    ]
 
 
 def check_context(decoder: Decoder, context: int) -> None:

@@ -24,7 +24,7 @@ from mlx_flash.rows import RowFileWriter
 from . import decoder as dense
 from . import manifest, package, paged, predictor, readme, tokenizer
 from .architecture import describe
-from .description import Decoder, check_context, tensors
+from .description import MULTIPLE, Decoder, check_context, tensors
 from .errors import ExportError
 from .mil import fresh_names
 from .recipes import Recipe, recipe, scheme_of
@@ -53,6 +53,8 @@ class Settings:
         units: what the app will run the dense packages on.
         cache_rows: rows of a layer that the state of rows holds; None takes a quarter of them.
         predictor: see ``predictor.choose``.
+        precision: "mixed" sums residuals, norms and logits in float32, "fp16" nothing, for the
+            Neural Engine; None takes what ``units`` allow.
         rows: type of the paged profile's rows, "fp16" or, for iOS 26, "int8".
         part_bytes: bytes of weights that a package of the decoder stays below.
         recipe: what ``quant`` and ``table`` come to; None works it out.
@@ -66,6 +68,7 @@ class Settings:
     units: str = "cpuAndGPU"
     cache_rows: int | None = None
     predictor: str = "auto"
+    precision: str | None = None
     rows: str = "fp16"
     part_bytes: int = PART_BYTES
     recipe: Recipe | None = None
@@ -80,6 +83,11 @@ class Settings:
             )
         if self.units not in UNITS:
             raise ExportError(f"units {self.units!r}; expected one of {', '.join(UNITS)}")
+        if self.precision is None:
+            chosen = "mixed" if self.units == "cpuAndGPU" else "fp16"
+            object.__setattr__(self, "precision", chosen)
+        if self.precision not in ("mixed", "fp16"):
+            raise ExportError(f"precision {self.precision!r}; expected mixed or fp16")
         if self.rows not in ("fp16", "int8"):
             raise ExportError(f"rows of {self.rows!r}; expected fp16 or int8")
         if self.rows == "int8" and self.target != "iOS26":
@@ -94,6 +102,11 @@ class Settings:
                 f"int4 in blocks of 32 for {self.units}: the Neural Engine refuses it; take "
                 "--quant int8 (or palette4, experimental), or --units cpuAndGPU"
             )
+
+    @property
+    def wide(self) -> bool:
+        """Whether sums are float32."""
+        return self.precision == "mixed"
 
 
 def export(
@@ -156,7 +169,7 @@ def export(
 def _default_context(source: Source, decoder: Decoder) -> int:
     own = source.config.get("max_position_embeddings")
     limits = [n for n in (decoder.limit, own) if isinstance(n, int) and n > 0]
-    return min([DEFAULT_CONTEXT, *limits]) // dense.MULTIPLE * dense.MULTIPLE
+    return min([DEFAULT_CONTEXT, *limits]) // MULTIPLE * MULTIPLE
 
 
 def _make(partial: Path) -> None:
@@ -202,6 +215,7 @@ def _describe(source: Source, decoder: Decoder, settings: Settings, out: Path) -
         },
         "context": settings.context,
         "quantisation": settings.quant,
+        "precision": settings.precision,
         "recipe": [list(row) for row in settings.recipe],
         "target": settings.target,
         "units": settings.units,
@@ -261,7 +275,7 @@ def _dense(
         path = out / f"{part.name}.mlpackage"
 
         def build(part: dense.Part = part, weights: Weights = weights) -> dict[str, Any]:
-            return dense.functions(decoder, weights, part, settings.context)
+            return dense.functions(decoder, weights, part, settings.context, settings.wide)
 
         _package(build, path, metadata(decoder, settings, part.name), settings.target)
         del weights, build
@@ -293,12 +307,18 @@ def _paged(
     reads: _Progress,
 ) -> dict[str, Any]:
     capacity = settings.cache_rows or decoder.d_ffn // 4
-    capacity = max(2 * dense.MULTIPLE, -(-capacity // dense.MULTIPLE) * dense.MULTIPLE)
+    capacity = max(2 * MULTIPLE, -(-capacity // MULTIPLE) * MULTIPLE)
     path, guess = out / "paged.mlpackage", out / "predictor.mlpackage"
     weights = Weights(source, settings.recipe, reads.of("paged"))
     _package(
         lambda: paged.functions(
-            decoder, weights, settings.context, capacity, settings.rows == "int8", settings.target
+            decoder,
+            weights,
+            settings.context,
+            capacity,
+            settings.rows == "int8",
+            settings.target,
+            settings.wide,
         ),
         path,
         metadata(decoder, settings, "paged"),

@@ -154,7 +154,8 @@ class PagedHost:
         for layer in range(self.layers):
             attention = self._paged.function(f"attention_{layer}")
             state = self._keys.setdefault(layer, attention.new_state())
-            given = {"hidden": hidden, "position": position, "causalMask": mask}
+            kind = attention.inputs["hidden"][1]  # the embedding, or the residual stream
+            given = {"hidden": hidden.astype(kind), "position": position, "causalMask": mask}
             result = attention(given, state)
             rows = self._predict(layer, result["ffnInput"])
             hidden = self._ffn(layer, result, rows)

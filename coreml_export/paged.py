@@ -21,8 +21,8 @@ import numpy as np
 
 from mlx_flash.layout import RowLayout
 
-from .decoder import MULTIPLE, state
-from .description import Decoder
+from .decoder import state
+from .description import MULTIPLE, Decoder
 from .mil import TARGETS, mb, types
 from .parts import Builder, Cache, activate
 from .weights import Weights
@@ -83,15 +83,16 @@ def functions(
     cache_rows: int,
     int8: bool = False,
     target: str = "iOS18",
+    wide: bool = True,
 ) -> dict[str, Any]:
     """MIL functions of the paged package by name."""
-    builder = Builder(decoder, weights, 1, context)
+    builder = Builder(decoder, weights, 1, context, wide)
     shape = row_shape(decoder)
     made = {f"attention_{i}": _attention(builder, i, target) for i in range(len(decoder.layers))}
     for size in buckets(decoder.d_ffn):
-        made[f"ffn_rows_{size}"] = _rows(decoder, shape, size, int8, target)
+        made[f"ffn_rows_{size}"] = _rows(decoder, shape, size, int8, target, wide)
     for size in NEW_ROWS:
-        made[f"ffn_cache_{size}"] = _cached(decoder, shape, size, cache_rows, int8, target)
+        made[f"ffn_cache_{size}"] = _cached(decoder, shape, size, cache_rows, int8, target, wide)
     made["head"] = _head(builder, target)
     return made
 
@@ -100,15 +101,8 @@ def _function(body: Callable[..., Any], specs: list[Any], target: str = "iOS18")
     return mb._create_function(body, specs, TARGETS[target])
 
 
-def _hidden(width: int) -> Any:
-    return mb.TensorSpec(shape=(1, 1, width), dtype=types.fp16)
-
-
-def _after(builder: Builder, x: Any, layer: int) -> Any:
-    """What a layer that norms last still has to do after its FFN."""
-    if layer < 0 or builder.decoder.layers[layer].order != "post":
-        return x
-    return builder.norm(x, builder.decoder.layers[layer].ffn_norm)
+def _hidden(width: int, wide: bool = False) -> Any:
+    return mb.TensorSpec(shape=(1, 1, width), dtype=types.fp32 if wide else types.fp16)
 
 
 def _attention(builder: Builder, index: int, target: str) -> Any:
@@ -116,31 +110,23 @@ def _attention(builder: Builder, index: int, target: str) -> Any:
     part = decoder.layers[index]
 
     def body(hidden, position, causalMask, keyCache, valueCache):  # noqa: ANN001, ANN202
-        x = builder.enter(hidden, position) if index == 0 else _after(builder, hidden, index - 1)
+        x = builder.enter(hidden, position) if index == 0 else hidden
+        if index > 0:
+            x = builder.leave(x, decoder.layers[index - 1])
         turns, bias = builder.rope(position), builder.alibi(position)
         width = decoder.kv_heads * decoder.head_dim
         states = [keyCache, valueCache]
         cache = Cache(position, causalMask, turns, bias, 1, context, width, states)
-        if part.order == "post":
-            y = builder.attention(x, part.attention, cache, 0)
-            x = normed = builder.norm(mb.add(x=x, y=y), part.attention_norm)
-        else:
-            normed = builder.norm(x, part.attention_norm)
-            attended = builder.attention(normed, part.attention, cache, 0)
-            if part.order == "parallel" and part.ffn_norm:
-                normed = builder.norm(x, part.ffn_norm)
-            x = mb.add(x=x, y=attended)
-            if part.order == "pre":
-                normed = builder.norm(x, part.ffn_norm)
+        x, normed = builder.attend(x, part, cache, 0)
         if part.ffn.down.bias:  # FFN functions hold no weights
-            x = mb.add(x=x, y=builder.weights.vector(part.ffn.down.bias))
+            x = mb.add(x=x, y=builder.widen(builder.weights.vector(part.ffn.down.bias)))
         return (
             mb.identity(x=x, name="residual"),
             mb.identity(x=normed, name="ffnInput"),
         )
 
     specs = [
-        _hidden(decoder.d_embedding if index == 0 else decoder.d_model),
+        _hidden(decoder.d_embedding) if index == 0 else _hidden(decoder.d_model, builder.wide),
         mb.TensorSpec(shape=(1,), dtype=types.int32),
         mb.TensorSpec(shape=(1, 1, 1, context), dtype=types.fp16),
         state(context, decoder),
@@ -170,7 +156,10 @@ def _over(decoder: Decoder, shape: RowShape, residual: Any, x: Any, rows: Any, c
     y = mb.matmul(x=hidden, y=columns((len(shape.parts) - 1) * d, d))
     if factor is not None:
         y = mb.mul(x=y, y=factor)
-    y = mb.add(x=residual, y=mb.reshape(x=y, shape=[1, 1, d]))
+    y = mb.reshape(x=y, shape=[1, 1, d])
+    if residual.dtype == types.fp32:
+        y = mb.cast(x=y, dtype="fp32")
+    y = mb.add(x=residual, y=y)
     return mb.identity(x=y, name="hiddenOut")
 
 
@@ -199,19 +188,28 @@ def _row_specs(shape: RowShape, count: int, int8: bool) -> list[Any]:
     ]
 
 
-def _rows(decoder: Decoder, shape: RowShape, count: int, int8: bool, target: str) -> Any:
+def _rows(
+    decoder: Decoder, shape: RowShape, count: int, int8: bool, target: str, wide: bool
+) -> Any:
     def body(residual, ffnInput, rows):  # noqa: ANN001, ANN202
         return _over(decoder, shape, residual, ffnInput, rows, count)
 
     def coded(residual, ffnInput, rows, extra):  # noqa: ANN001, ANN202
         return body(residual, ffnInput, _wide(shape, rows, extra, count))
 
-    specs = [_hidden(shape.d_model), _hidden(shape.d_model), *_row_specs(shape, count, int8)]
+    ends = [_hidden(shape.d_model, wide), _hidden(shape.d_model)]
+    specs = [*ends, *_row_specs(shape, count, int8)]
     return _function(coded if int8 else body, specs, target)
 
 
 def _cached(
-    decoder: Decoder, shape: RowShape, new: int, capacity: int, int8: bool, target: str
+    decoder: Decoder,
+    shape: RowShape,
+    new: int,
+    capacity: int,
+    int8: bool,
+    target: str,
+    wide: bool,
 ) -> Any:
     def body(residual, ffnInput, newRows, slots, rowCache):  # noqa: ANN001, ANN202
         held = mb.read_state(input=rowCache)
@@ -223,7 +221,7 @@ def _cached(
         return body(residual, ffnInput, _wide(shape, newRows, extra, new), slots, rowCache)
 
     specs = [
-        _hidden(shape.d_model),
+        _hidden(shape.d_model, wide),
         _hidden(shape.d_model),
         *_row_specs(shape, new, int8),
         mb.TensorSpec(shape=(new,), dtype=types.int32),
@@ -234,10 +232,10 @@ def _cached(
 
 def _head(builder: Builder, target: str) -> Any:
     def body(hidden):  # noqa: ANN001, ANN202
-        x = _after(builder, hidden, len(builder.decoder.layers) - 1)
+        x = builder.leave(hidden, builder.decoder.layers[-1])
         return mb.identity(x=builder.head(x), name="logits")
 
-    return _function(body, [_hidden(builder.decoder.d_model)], target)
+    return _function(body, [_hidden(builder.decoder.d_model, builder.wide)], target)
 
 
 def rows_of_layer(weights: Weights, decoder: Decoder, layer: int) -> np.ndarray:

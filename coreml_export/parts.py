@@ -1,7 +1,9 @@
 """The parts of a decoder in MIL, each the mirror of an MLX module.
 
-All compute in fp16. A norm divides by the largest number first, since squares of fp16 overflow from
-256 on; relu squared does the same.
+Matrices, attention and activations compute in fp16. So do, with ``wide`` off, norms, residual sums
+and logits: a norm then divides by the largest number first, since squares of fp16 overflow from 256
+on. With ``wide`` on, norms and residual sums are float32, and the head's product is added up from
+slices in float32: real models' logits are so large that fp16 cannot tell near ones apart.
 
 Knows: MIL operations. Does not know: packages, where weights come from.
 """
@@ -15,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from . import rotary
-from .description import Attention, Decoder, Ffn, Layer, Linear, Norm
-from .mil import mb
+from .description import Attention, Decoder, Ffn, Layer, Linear, Norm, column_slices
+from .mil import mb, types
 from .weights import Weights
 
 MASKED = -1e4  # what a masked score is lowered by: far from fp16's largest number
@@ -31,6 +33,11 @@ class Builder:
     weights: Weights
     length: int
     context: int
+    wide: bool = True
+
+    def widen(self, x: Any) -> Any:
+        """A part's result as the residual stream takes it."""
+        return mb.cast(x=x, dtype="fp32") if self.wide else x
 
     def linear(self, x: Any, linear: Linear, bias: bool = True) -> Any:
         """``nn.Linear``."""
@@ -40,7 +47,9 @@ class Builder:
         return mb.linear(x=x, weight=weight, bias=self.weights.vector(linear.bias))
 
     def norm(self, x: Any, norm: Norm) -> Any:
-        """``nn.RMSNorm`` or ``nn.LayerNorm`` over the last axis."""
+        """``nn.RMSNorm`` or ``nn.LayerNorm`` over the last axis; gives fp16."""
+        if self.wide:
+            return self._wide_norm(x, norm)
         size = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
         size = mb.maximum(x=size, y=SMALLEST)
         y = mb.real_div(x=x, y=size)
@@ -56,6 +65,18 @@ class Builder:
             y = mb.add(x=y, y=self.weights.vector(norm.bias))
         return y
 
+    def _wide_norm(self, x: Any, norm: Norm) -> Any:
+        y = x if x.dtype == types.fp32 else mb.cast(x=x, dtype="fp32")
+        if norm.kind == "layer":
+            y = mb.sub(x=y, y=mb.reduce_mean(x=y, axes=[-1], keep_dims=True))
+        square = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
+        y = mb.mul(x=y, y=mb.rsqrt(x=square, epsilon=np.float32(norm.eps)))
+        if norm.weight:
+            y = mb.mul(x=y, y=self.widen(self.weights.vector(norm.weight)))
+        if norm.bias:
+            y = mb.add(x=y, y=self.widen(self.weights.vector(norm.bias)))
+        return mb.cast(x=y, dtype="fp16")
+
     def indices(self, position: Any) -> Any:
         """Positions of the function's tokens, [length]."""
         if self.length == 1:
@@ -64,13 +85,19 @@ class Builder:
 
     def embed(self, ids: Any) -> Any:
         """Token numbers [1, length] -> [1, length, width]."""
-        return mb.gather(x=self.weights.matrix(self.decoder.embedding), indices=ids, axis=0)
+        decoder = self.decoder
+        pieces = [decoder.embedding]
+        if self.wide and decoder.head.weight.name == decoder.embedding.name:  # stored in slices
+            pieces = column_slices(decoder.embedding, decoder.d_embedding)
+        rows = [mb.gather(x=self.weights.matrix(p), indices=ids, axis=0) for p in pieces]
+        return rows[0] if len(rows) == 1 else mb.concat(values=rows, axis=-1)
 
     def enter(self, x: Any, indices: Any) -> Any:
         """What comes between the embedding and the first layer."""
         decoder = self.decoder
         if decoder.project_in:
             x = self.linear(x, decoder.project_in)
+        x = self.widen(x)
         if decoder.positions:
             first = decoder.first_position
 
@@ -79,16 +106,31 @@ class Builder:
                 return table[first : first + self.context]
 
             table = self.weights.table(f"{decoder.positions.name}/context", rows)
-            x = mb.add(x=x, y=mb.gather(x=table, indices=indices, axis=0))
+            x = mb.add(x=x, y=self.widen(mb.gather(x=table, indices=indices, axis=0)))
         return x
 
     def head(self, x: Any) -> Any:
         """The last layer's output -> logits."""
         if self.decoder.final_norm:
             x = self.norm(x, self.decoder.final_norm)
+        elif self.wide:
+            x = mb.cast(x=x, dtype="fp16")
         if self.decoder.project_out:
             x = self.linear(x, self.decoder.project_out)
-        return self.linear(x, self.decoder.head)
+        return self._wide_head(x) if self.wide else self.linear(x, self.decoder.head)
+
+    def _wide_head(self, x: Any) -> Any:
+        head = self.decoder.head
+        pieces = column_slices(head.weight, x.shape[-1])
+        sizes = [p.columns[1] - p.columns[0] for p in pieces]
+        inputs = mb.split(x=x, split_sizes=sizes, axis=-1) if len(pieces) > 1 else [x]
+        total = None
+        for piece, part in zip(pieces, inputs, strict=True):
+            y = self.widen(mb.linear(x=part, weight=self.weights.matrix(piece)))
+            total = y if total is None else mb.add(x=total, y=y)
+        if head.bias:
+            total = mb.add(x=total, y=self.widen(self.weights.vector(head.bias)))
+        return total
 
     def rope(self, indices: Any) -> tuple[Any, Any] | None:
         """Cosines and sines of the function's positions, [length, 1, half]."""
@@ -184,19 +226,29 @@ class Builder:
         return y
 
     def layer(self, x: Any, part: Layer, cache: Any, index: int) -> Any:
-        """A decoder layer."""
+        """A decoder layer; x is the residual stream."""
+        x, normed = self.attend(x, part, cache, index)
+        return self.leave(mb.add(x=x, y=self.widen(self.ffn(normed, part.ffn))), part)
+
+    def attend(self, x: Any, part: Layer, cache: Any, index: int) -> tuple[Any, Any]:
+        """A layer's first half: (residual stream, what the FFN takes)."""
         if part.order == "post":
-            y = self.attention(x, part.attention, cache, index)
-            x = self.norm(mb.add(x=x, y=y), part.attention_norm)
-            return self.norm(mb.add(x=x, y=self.ffn(x, part.ffn)), part.ffn_norm)
+            given = mb.cast(x=x, dtype="fp16") if self.wide else x
+            y = self.attention(given, part.attention, cache, index)
+            normed = self.norm(mb.add(x=x, y=self.widen(y)), part.attention_norm)
+            return self.widen(normed), normed
         normed = self.norm(x, part.attention_norm)
-        attended = self.attention(normed, part.attention, cache, index)
-        if part.order == "pre":
-            x = mb.add(x=x, y=attended)
-            return mb.add(x=x, y=self.ffn(self.norm(x, part.ffn_norm), part.ffn))
-        if part.ffn_norm:
-            normed = self.norm(x, part.ffn_norm)
-        return mb.add(x=mb.add(x=x, y=self.ffn(normed, part.ffn)), y=attended)
+        attended = self.widen(self.attention(normed, part.attention, cache, index))
+        if part.order == "parallel":
+            if part.ffn_norm:
+                normed = self.norm(x, part.ffn_norm)
+            return mb.add(x=x, y=attended), normed
+        x = mb.add(x=x, y=attended)
+        return x, self.norm(x, part.ffn_norm)
+
+    def leave(self, x: Any, part: Layer) -> Any:
+        """What a layer that norms last still has to do after its FFN."""
+        return self.widen(self.norm(x, part.ffn_norm)) if part.order == "post" else x
 
 
 def activate(value: Any, other: Any | None, part: Ffn) -> tuple[Any, Any | None]:

@@ -56,11 +56,11 @@ def measure(
     coreml: bool = False,
 ) -> Report:
     """The report, whatever it says."""
-    report = Report(settings.quant)
+    report = Report(settings.quant, settings.wide)
     context = content["context"]
     tokens = tokenizer.sample(out / "tokenizer", min(MOST, context))
     tokens = [t % decoder.vocab for t in tokens]
-    kept = stored_tensors(source, decoder, settings.recipe)
+    kept = stored_tensors(source, decoder, settings.recipe, settings.wide)
     reference = logits(source.reference(), tokens)
     stored = logits(source.reference(kept), tokens)
     decoded = None
@@ -123,7 +123,7 @@ def _on_device(
     runner = dense_runner(out, content, DevicePackage)
     found = runner.decode(tokens[: parity.TOKENS])
     count = len(found)
-    gate = parity.MODEL[report.quant]
+    gate = report.model_gate
     distance = parity.distance
     report.add("decode, Core ML", "MLX float32", distance(found, reference[:count]), gate)
     report.add("decode, Core ML", "interpreter", distance(found, decoded[:count]), None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .description import Decoder, Tensor, tensors
+from .description import Decoder, Tensor, column_slices, tensors
 from .errors import ExportError
 from .mil import mb, np_int4_dtype, np_uint4_dtype
 from .quantize import Packed, pack
@@ -53,9 +53,7 @@ class Weights:
         Raises:
             ExportError: it has numbers that fp16 cannot hold.
         """
-        array = self.source.take(tensor.name)
-        if tensor.rows is not None:
-            array = array[tensor.rows]
+        array = tensor.of(self.source.take(tensor.name))
         most = float(np.abs(array).max(initial=0))
         if not most <= LARGEST:
             raise ExportError(
@@ -102,21 +100,35 @@ def _name(key: str) -> str:
     return re.sub(r"\W", "_", key)
 
 
-def stored(source: Source, decoder: Decoder, chosen: Recipe) -> dict[str, np.ndarray]:
-    """Every tensor as the packages store it, back in float32 and in the source's order."""
+def stored(
+    source: Source, decoder: Decoder, chosen: Recipe, wide: bool = True
+) -> dict[str, np.ndarray]:
+    """Every tensor as the packages store it, back in float32 and in the source's order.
+
+    Args:
+        wide: the head is stored in slices.
+    """
     matrices: dict[str, list[Tensor]] = {}
     for tensor, matrix in tensors(decoder):
         if matrix:
             known = matrices.setdefault(tensor.name, [])
             if tensor.key not in [t.key for t in known]:
                 known.append(tensor)
+    if wide:
+        head = decoder.head.weight
+        matrices[head.name] = column_slices(head, source.shapes[head.name][1])
     found = {}
     for name in sorted(source.names):
         array = np.array(source.take(name))
         for tensor in matrices.get(name, [Tensor(name)]):
+            piece = tensor.of(array)
+            scheme = scheme_of(name, piece.shape, chosen) if name in matrices else "fp16"
+            floats = pack(piece, scheme).floats()
             rows = slice(None) if tensor.rows is None else tensor.rows
-            scheme = scheme_of(name, array[rows].shape, chosen) if name in matrices else "fp16"
-            packed: Packed = pack(array[rows], scheme)
-            array[rows] = packed.floats()
+            columns = slice(*tensor.columns) if tensor.columns else None
+            if columns is None:
+                array[rows] = floats
+            else:
+                array[rows, columns] = floats
         found[name] = array
     return found
