@@ -120,19 +120,20 @@ class FlashEmbedding(nn.Module):
         done = 0
         while done < row.size:
             try:
-                got = os.preadv(self._file, [memoryview(row)[done:]], offset + done)
+                got = os.pread(self._file, row.size - done, offset + done)
             except OSError as error:
                 raise ReadError(
                     error.errno,
                     f"reading {self._table.path}, the embedding at offset {offset}: "
                     f"{error.strerror}",
                 ) from error
-            if got == 0:
+            if not got:
                 raise DamagedError(
                     f"{self._table.path} ended at byte {offset + done} inside the embedding; "
                     "it was cut while in use"
                 )
-            done += got
+            row[done : done + len(got)] = np.frombuffer(got, np.uint8)
+            done += len(got)
 
     def close(self) -> None:
         """Let go of the file."""
