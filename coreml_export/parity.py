@@ -37,8 +37,8 @@ class Gate:
         problems = []
         if not found.kl <= self.kl:
             problems.append(f"KL {found.kl:.3g} above {self.kl:g}")
-        if not found.top1 >= self.top1:
-            problems.append(f"top-1 {found.top1:.2%} below {self.top1:.1%}")
+        if not found.top1_apart >= self.top1:
+            problems.append(f"top-1 {found.top1_apart:.2%} below {self.top1:.1%}")
         if not found.psnr >= self.psnr:
             problems.append(f"PSNR {found.psnr:.1f} dB below {self.psnr:g} dB")
         return problems
@@ -113,18 +113,21 @@ class Report:
         lines = [
             "# Parity",
             "",
+            "Ties aside: two tokens that lie nearer together in MLX's logits than float16 can tell "
+            "apart at their size count as one; the gates look at that.",
+            "",
             "Program parity: a numpy interpreter ran the programs read back from the saved "
             "packages. It says nothing about a device; on macOS the same report also runs Core "
             "ML's own prediction.",
             "",
-            "| function | against | tokens | max | PSNR dB | KL | top-1 | gate |",
-            "|---|---|---|---|---|---|---|---|",
+            "| function | against | tokens | max | PSNR dB | KL | top-1 | ties aside | gate |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for what, against, d, gate in self.rows:
             verdict = "" if gate is None else "failed" if gate.fails(d) else "passed"
             lines.append(
                 f"| {what} | {against} | {d.tokens} | {d.max:.4g} | {d.psnr:.1f} | {d.kl:.2e} | "
-                f"{d.top1:.2%} | {verdict} |"
+                f"{d.top1:.2%} | {d.top1_apart:.2%} | {verdict} |"
             )
         lines += ["", *(f"- {name}: {value}" for name, value in self.facts.items())]
         lines += ["", "Passed." if not self.failed else "Failed:"]

@@ -14,6 +14,7 @@ from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
 from coreml_export import export, kernels, manifest, parts, quantize, rotary
 from coreml_export.errors import ParityError
 from coreml_export.host import PagedHost
+from coreml_export.measures import distance
 from coreml_export.mil import mb
 from coreml_export.package import WEIGHTS
 from mlx_flash.errors import FlashError
@@ -99,10 +100,12 @@ def test_a_norm_that_overflows_fails_and_ours_does_not(tmp_path, monkeypatch):
     weights = mx.load(str(model / "model.safetensors"))
     weights["model.embed_tokens.weight"] *= 300.0  # squares above 65504
     mx.save_safetensors(str(model / "model.safetensors"), weights)
-    good = report(model, make(model, tmp_path / "good"))
-    assert good.failed == []
+    for precision in ("mixed", "fp16"):
+        good = make(model, tmp_path / precision, precision=precision)
+        assert report(model, good, precision=precision).failed == []
 
     def naive(self, x, norm):
+        x = mb.cast(x=x, dtype="fp16")
         square = mb.reduce_mean(x=mb.mul(x=x, y=x), axes=[-1], keep_dims=True)
         y = mb.mul(x=x, y=mb.rsqrt(x=square, epsilon=np.float16(norm.eps)))
         return mb.mul(x=y, y=self.weights.vector(norm.weight))
@@ -158,3 +161,9 @@ def test_what_lies_outside_a_state_is_an_error():
         kernels.KERNELS["slice_update"](
             {"x": np.zeros((8, 4)), "update": np.ones((2, 4)), "begin": [7, 0], "end": [9, 4]}
         )
+
+
+def test_ties_of_float16_are_told_from_errors():
+    reference = np.array([[20.0, 19.99, 0.0], [20.0, 19.9, 0.0]])
+    found = distance(reference[:, [1, 0, 2]], reference)
+    assert found.top1 == 0 and found.top1_apart == 0.5
