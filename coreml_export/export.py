@@ -373,6 +373,7 @@ def _rows(
         "parts": list(shape.parts),
         "biases": list(shape.biases),
         "width": shape.codes if int8 else shape.width,
+        "state_width": shape.width,
         "stride": layout.stride,
         "rows": decoder.d_ffn,
         "data_starts_on": PAGE,

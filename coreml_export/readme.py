@@ -24,9 +24,9 @@ DENSE = """
 Functions take: `inputIds` int32 [1, n], `position` int32 [1] (of the first of them), `causalMask`
 float16 [1, 1, n, {context}] (0 where a query may look, -10000 elsewhere, keys behind the last token
 included). n is 1 for `decode` and 64 for `prefill`. States `keyCache`, `valueCache`. They give
-`logits` float16 [1, n, {vocabulary}]. Where there is more than one package, `dense.chains` of the
+`logits` {sums} [1, n, {vocabulary}]. Where there is more than one package, `dense.chains` of the
 manifest says which is called after which: what one gives as `hiddenOut` (or `hidden`) the next takes
-as `hidden`.
+as `hidden`, in the type that its entry says.
 
 A last chunk of a prompt that is shorter than 64 may be filled up with anything: its rows are
 overwritten by the tokens that follow, and masked until then. Use `prefill` only while
@@ -86,7 +86,7 @@ For models larger than the memory an app gets, on CPU and GPU (each token takes 
 Neural Engine is too slow to start). A token:
 
 1. Row `token` of `{embedding}` (float16 [{vocabulary}, {d_embedding}], map it) is `hidden` [1, 1, {d_embedding}].
-2. For each layer i: `attention_i` of `paged.mlpackage` with `hidden`, `position`, `causalMask` and a
+2. `hidden`, `residual` and `hiddenOut` between layers are {sums}. For each layer i: `attention_i` of `paged.mlpackage` with `hidden`, `position`, `causalMask` and a
    state of its own (`makeState()` of that function) gives `residual` and `ffnInput`.
 3. `predict_i` of `predictor.mlpackage` with `ffnInput` and `threshold` ([1] float16, default in
    `paged.thresholds`) gives `mask` [1, {rows}], 1 where a row is needed.
@@ -94,21 +94,21 @@ Neural Engine is too slow to start). A token:
    N the smallest of {buckets} that holds them, the rest zeros.
 5. Or only the rows that are not in Core ML's memory yet: `ffn_cache_N` with `residual`, `ffnInput`,
    `newRows` [N, {width}], `slots` [N] int32 (N of {new_rows}) and the state `rowCache`
-   [{cache_rows}, {width}], one for each layer. It writes the rows to their slots, then computes over
+   [{cache_rows}, {state_width}], one for each layer. It writes the rows to their slots, then computes over
    all slots. Unused entries of `newRows` are zeros and go to slot {last}, which stays empty. More rows
    than fit: call again, the last answer counts.
-6. `hiddenOut` is the next layer's `hidden`. After the last layer `head` gives `logits`.
+{coded}6. `hiddenOut` is the next layer's `hidden`. After the last layer `head` gives `logits`.
 
-Rows lie in `{file}`: row r of layer i at byte `offsets[i] + r * {stride}`, {width} float16 numbers:
+Rows lie in `{file}`: row r of layer i at byte `offsets[i] + r * {stride}`, {width} {dtype} numbers:
 {parts} of {d_model} each{biases}. The stride suits direct reads (`F_NOCACHE`) and mapping:
 
 ```swift
 let file = try FileHandle(forReadingFrom: rowsURL)
 fcntl(file.fileDescriptor, F_NOCACHE, 1)
-let rows = try MLMultiArray(shape: [{bucket}, {width}], dataType: .float16)
+let rows = try MLMultiArray(shape: [{bucket}, {width}], dataType: .{dtype})
 rows.withUnsafeMutableBytes {{ memory, _ in
     for (slot, row) in wanted.enumerated() {{
-        pread(file.fileDescriptor, memory.baseAddress! + slot * {width} * 2, {width} * 2,
+        pread(file.fileDescriptor, memory.baseAddress! + slot * {bytes}, {bytes},
               off_t(offsets[layer] + row * {stride}))
     }}
 }}
@@ -116,6 +116,10 @@ rows.withUnsafeMutableBytes {{ memory, _ in
 
 `coreml_export/host.py` is this loop in Python, with the choice of slots; it is what parity was
 measured with.
+"""
+
+CODED = """   Rows are int8; what lies behind a row's numbers goes into the input `extra` [N, {extra}] float16
+   of both kinds of function.
 """
 
 TAIL = """
@@ -135,6 +139,7 @@ def text(content: dict[str, Any]) -> str:
         "context": content["context"],
         "quantisation": {"none": "float16"}.get(content["quantisation"], content["quantisation"]),
         "target": content["target"].replace("iOS", "iOS "),
+        "sums": "float32" if content["precision"] == "mixed" else "float16",
     }
     page = HEAD.format(**shared)
     if "dense" in content:
@@ -142,7 +147,9 @@ def text(content: dict[str, Any]) -> str:
         page += DENSE.format(**shared, first=first, function=function, units=content["units"])
     if "paged" in content:
         paged, rows = content["paged"], content["paged"]["rows"]
+        int8 = rows["dtype"] == "int8"
         biases = "".join(f", the bias of {name}" for name in rows["biases"])
+        scales = ", ".join(f"the scale of {name}" for name in rows["parts"])
         page += PAGED.format(
             vocabulary=about["vocabulary"],
             d_model=about["d_model"],
@@ -150,10 +157,15 @@ def text(content: dict[str, Any]) -> str:
             embedding=content["embedding"]["file"],
             rows=rows["rows"],
             width=rows["width"],
+            state_width=rows["state_width"],
             stride=rows["stride"],
             file=rows["file"],
             parts=", ".join(rows["parts"]),
-            biases=biases,
+            biases=f"; behind them, float16: {scales}{biases}" if int8 else biases,
+            coded=CODED.format(extra=rows["extra"]) if int8 else "",
+            dtype=rows["dtype"],
+            bytes=rows["width"] * (1 if int8 else 2),
+            sums=shared["sums"],
             buckets=paged["buckets"],
             bucket=paged["buckets"][0],
             new_rows=paged["new_rows"],
