@@ -34,15 +34,32 @@ def write(source: Source, out: Path) -> None:
             f"{source.path} has no tokenizer (tokenizer.json, or {', '.join(SENTENCEPIECE)}, or "
             "vocab.json and merges.txt); put the model's tokenizer files there"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
+    told = (out / "tokenizer_config.json").is_file()  # else llama's, which is then compared
+    kind: Any = AutoTokenizer if told or not old else LlamaTokenizer
     try:
-        fast: Any = AutoTokenizer.from_pretrained(str(out), use_fast=True)
+        fast: Any = kind.from_pretrained(str(out), use_fast=True)
         fast.backend_tokenizer.save(str(out / "tokenizer.json"))
     except Exception as error:  # of whatever library reads the old format
         raise ExportError(
             f"no tokenizer.json can be made from {old or 'vocab.json'} of {source.path}: {error}"
         ) from error
+    if old:
+        _compare(source, out, old)
+
+
+def _compare(source: Source, out: Path, old: str) -> None:
+    """Raise ExportError unless tokenizer.json cuts text as the sentencepiece model does."""
+    from sentencepiece import SentencePieceProcessor
+
+    text = TEXT.read_text(encoding="utf-8")[3000:6000] + " Größe: 3½ €"
+    expected = SentencePieceProcessor(model_file=str(out / old)).encode(text)
+    if load(out).encode(text, add_special_tokens=False).ids != expected:
+        raise ExportError(
+            f"the tokenizer.json made from {old} of {source.path} cuts text otherwise than {old} "
+            "does; put a tokenizer.json of the model there"
+        )
 
 
 def load(out: Path) -> Any:

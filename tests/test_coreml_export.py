@@ -285,6 +285,46 @@ def test_a_missing_tokenizer_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_json_is_made_from_sentencepiece(tmp_path):
+    import sentencepiece
+
+    text = tokenizer.TEXT.read_text(encoding="utf-8")[:60_000]
+    (tmp_path / "text.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    model = checkpoint(tmp_path / "model", vocab_size=400)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    shutil.copy(tmp_path / "tokenizer.model", model)
+    tokenizer.write(Source(model), tmp_path / "out")  # compares with sentencepiece
+    words = "He walked to Lyme."
+    old = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    found = tokenizer.load(tmp_path / "out").encode(words, add_special_tokens=False).ids
+    assert found == old.encode(words)
+
+
+def test_an_export_is_checked_again(tmp_path, capsys):
+    model = checkpoint(tmp_path / "model")
+    out = make(model, tmp_path / "out")
+    code, _ = run(model, "--check", out, capsys=capsys)
+    assert code == 0
+    other = checkpoint(tmp_path / "other", seed=1)
+    code, said = run(other, "--check", out, capsys=capsys)
+    assert code == 1 and "does not compute" in said
+    (out / "tokenizer/tokenizer.json").unlink()
+    code, said = run(model, "--check", out, capsys=capsys)
+    assert code == 1 and "missing" in said
+
+
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path, capsys):
     model = checkpoint(tmp_path / "model")
     weights = mx.load(str(model / "model.safetensors"))
