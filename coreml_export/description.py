@@ -17,7 +17,7 @@ import numpy as np
 from .errors import ExportError
 
 MULTIPLE = 32
-SLICES = 4  # of the head, whose sums are added up in float32
+SLICES = 8  # of the head, whose sums are added up in float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,9 @@ def _over(decoder: Decoder, shape: RowShape, residual: Any, x: Any, rows: Any, c
             y = mb.add(x=y, y=mb.reshape(x=columns(at, 1), shape=[1, count]))
         values[name] = y
     first = values.get("gate", values["up"])
-    hidden, factor = activate(first, values["up"] if "gate" in values else None, part)
+    hidden, factor = activate(
+        first, values["up"] if "gate" in values else None, part, residual.dtype == types.fp32
+    )
     y = mb.matmul(x=hidden, y=columns((len(shape.parts) - 1) * d, d))
     if factor is not None:
         y = mb.mul(x=y, y=factor)

@@ -217,7 +217,7 @@ class Builder:
         """The FFN of one layer."""
         value = self.linear(x, part.gate or part.up)
         other = self.linear(x, part.up) if part.gate else None
-        hidden, factor = activate(value, other, part)
+        hidden, factor = activate(value, other, part, self.wide)
         y = self.linear(hidden, part.down, bias=factor is None)
         if factor is not None:
             y = mb.mul(x=y, y=factor)
@@ -251,9 +251,19 @@ class Builder:
         return self.widen(self.norm(x, part.ffn_norm)) if part.order == "post" else x
 
 
-def activate(value: Any, other: Any | None, part: Ffn) -> tuple[Any, Any | None]:
-    """(what down is applied to, what down's output is multiplied by if anything)."""
+def activate(
+    value: Any, other: Any | None, part: Ffn, wide: bool = False
+) -> tuple[Any, Any | None]:
+    """(what down is applied to, what down's output is multiplied by if anything).
+
+    Args:
+        wide: a smooth activation and its product are rounded once, not twice.
+    """
     factor = None
+    if wide and other is not None and part.activation in ("silu", "gelu", "gelu_approx"):
+        value, other = (mb.cast(x=x, dtype="fp32") for x in (value, other))
+        hidden, _ = activate(value, other, part)
+        return mb.cast(x=hidden, dtype="fp16"), None
     if part.activation == "relu2":
         positive = mb.relu(x=value)
         size = mb.reduce_max(x=positive, axes=[-1], keep_dims=True)
