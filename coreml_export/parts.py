@@ -43,7 +43,7 @@ class Builder:
         """``nn.Linear``."""
         weight = self.weights.matrix(linear.weight)
         if linear.bias is None or not bias:
-            return mb.linear(x=x, weight=weight)
+            return mb.linear(x=x, weight=weight, bias=self.weights.zeros(weight.shape[0]))
         return mb.linear(x=x, weight=weight, bias=self.weights.vector(linear.bias))
 
     def norm(self, x: Any, norm: Norm) -> Any:
@@ -126,7 +126,9 @@ class Builder:
         inputs = mb.split(x=x, split_sizes=sizes, axis=-1) if len(pieces) > 1 else [x]
         total = None
         for piece, part in zip(pieces, inputs, strict=True):
-            y = self.widen(mb.linear(x=part, weight=self.weights.matrix(piece)))
+            zeros = self.weights.zeros(self.decoder.vocab)
+            y = mb.linear(x=part, weight=self.weights.matrix(piece), bias=zeros)
+            y = self.widen(y)
             total = y if total is None else mb.add(x=total, y=y)
         if head.bias:
             total = mb.add(x=total, y=self.widen(self.weights.vector(head.bias)))

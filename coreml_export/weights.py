@@ -89,6 +89,10 @@ class Weights:
             self._packed[key] = pack(make(), "fp16")
         return self.constant(self._packed[key].data, key)
 
+    def zeros(self, count: int) -> Any:
+        """What a linear layer without a bias adds: else coremltools stores zeros for each."""
+        return self.table(f"zeros/{count}", lambda: np.zeros(count, np.float32))
+
     def constant(self, array: np.ndarray, key: str) -> Any:
         """A constant whose bytes are stored once, however many functions use it."""
         var = mb.const(val=array, name=_name(key))
