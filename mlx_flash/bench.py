@@ -74,6 +74,7 @@ def run(settings: Settings, ram: int, progress: Progress) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         start_new_session=True,  # Ctrl-C comes to this process only, which then ends that one
     )
     last: deque[str] = deque(maxlen=5)
@@ -85,14 +86,19 @@ def run(settings: Settings, ram: int, progress: Progress) -> dict[str, Any]:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 json.dump(asdict(settings) | {"ram": ram}, process.stdin)
         for line in process.stdout or ():
-            if line.startswith("{"):  # what a library prints is no line of ours
+            try:
                 said = json.loads(line)
+            except ValueError:
+                continue  # what a library prints is no line of ours
+            if isinstance(said, dict):
                 progress(said.pop("done", 0))
                 found |= said
         code = process.wait()
     finally:
         _stop(process)
         reader.join(timeout=5)
+        if process.stderr and not reader.is_alive():
+            process.stderr.close()
     row: dict[str, Any] = {"ram_bytes": ram}
     if "figures" in found:
         return row | {"measured": figures(found["figures"])}

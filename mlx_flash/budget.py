@@ -82,6 +82,7 @@ class Needs:
         buffer: one streaming buffer.
         buffers: how many of them streaming takes.
         workspace: working memory of a prompt chunk of so many tokens.
+        lookup: of ``resident`` an embedding that may stay on flash where layers do.
     """
 
     process: int
@@ -94,21 +95,32 @@ class Needs:
     buffer: int
     buffers: int
     workspace: Callable[[int], int]
+    lookup: int = 0
 
     @property
     def fixed(self) -> int:
-        return self.process + self.resident + self.kv_cache + self.slack
+        """What it takes whatever is read from flash."""
+        return self.process + self.resident - self.lookup + self.kv_cache + self.slack
 
     @property
     def dense(self) -> int:
         """What it takes to keep every row."""
-        return self.fixed + sum(self.layers) + self.reader + self.workspace(self.resident_step)
+        held = self.fixed + self.lookup + sum(self.layers)
+        return held + self.reader + self.workspace(self.resident_step)
 
     @property
     def least(self) -> int:
         """The smallest budget that works."""
-        rows = min(self.buffers * self.buffer, sum(self.layers))
+        rows = self.buffers * self.buffer
+        if self.small:
+            rows = sum(self.layers) + self.lookup
         return self.fixed + self.reader + rows + self.workspace(self.min_step)
+
+    @property
+    def small(self) -> bool:
+        """Whether streaming buffers would take as much as all layers."""
+        held = sum(self.layers) + self.lookup
+        return len(self.layers) <= self.buffers or held <= self.buffers * self.buffer
 
     @property
     def max_step(self) -> int:
@@ -123,12 +135,19 @@ class Needs:
         """Enough where nothing is streamed: a chunk costs no reading then."""
         return min(RESIDENT_STEP, self.max_step)
 
-    def table(self, step: int, kept: Sequence[int] = ()) -> dict[str, int]:
-        """Label to bytes, in the order in which to show them."""
+    def table(self, step: int, kept: Sequence[int] = (), lookup: bool = False) -> dict[str, int]:
+        """Label to bytes, in the order in which to show them.
+
+        Args:
+            step: tokens of a prompt chunk.
+            kept: layers that are kept; the others are streamed.
+            lookup: the embedding stays on flash.
+        """
         streams = len(kept) < len(self.layers)
+        on_flash = self.lookup if lookup else 0
         rows = {
             "interpreter, libraries, tokenizer": self.process,
-            "resident weights": self.resident,
+            "resident weights": self.resident - on_flash,
             f"KV cache for {self.context} tokens": self.kv_cache,
             f"working memory for chunks of {step} tokens": self.workspace(step),
             "row reader": self.reader,
@@ -213,6 +232,7 @@ class Plan:
         step: tokens of a prompt chunk.
         table: label to bytes.
         slots: layer to cached rows, for layers of which only the rows that fire are read.
+        lookup: the embedding stays on flash, where it can.
     """
 
     ram: int | None
@@ -221,6 +241,7 @@ class Plan:
     step: int
     table: dict[str, int]
     slots: dict[int, int] = field(default_factory=dict)
+    lookup: bool = False
 
     @property
     def total(self) -> int:
@@ -254,8 +275,8 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
     """
     check_machine(ram, machine)
     if ram < needs.least:
-        small = sum(needs.layers) <= needs.buffers * needs.buffer
-        parts = needs.table(needs.min_step, range(len(needs.layers)) if small else ())
+        kept = range(len(needs.layers)) if needs.small else ()
+        parts = needs.table(needs.min_step, kept, lookup=not needs.small)
         listed = "\n".join(f"  {size / 1e6:10.1f} MB  {label}" for label, size in parts.items())
         raise BudgetError(
             f"RAM budget {show(ram)} is too small for this model; the least that works is "
@@ -263,14 +284,23 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
         )
     count = len(needs.layers)
     candidates = [0, *range(needs.buffers + 1, count + 1)]
+    fits: Plan | None = None
     for streamed in candidates:
         kept, chosen = split(count, streamed)
-        room = ram - needs.fixed - needs.reader - (needs.buffers * needs.buffer if streamed else 0)
+        room = ram - needs.fixed - needs.reader
+        room -= needs.buffers * needs.buffer if streamed else needs.lookup
         left = room - sum(needs.layers[i] for i in kept)
         wanted = _step(room // STEP_SHARE, needs) if streamed else needs.resident_step
         step = _step(left, needs)
-        if step and (step >= wanted or streamed == candidates[-1]):
-            return Plan(ram, kept, chosen, step, needs.table(step, kept))
+        if not step:
+            continue
+        table = needs.table(step, kept, lookup=bool(streamed))
+        plan = Plan(ram, kept, chosen, step, table, lookup=bool(streamed))
+        if step >= wanted or streamed == candidates[-1]:
+            return plan
+        fits = fits or plan
+    if fits:  # with shorter prompt chunks than one would like
+        return fits
     raise BudgetError(f"no plan fits {show(ram)}, though {show(needs.least)} should do")
 
 
@@ -311,7 +341,7 @@ def sparse_plan_of(
     share = sum(slots.values()) / max(1, sum(sparse.rows[i] for i in slots))
     table = {
         label: size
-        for label, size in needs.table(step, kept).items()
+        for label, size in needs.table(step, kept, lookup=True).items()
         if "streaming" not in label and label != "slack"
     }
     if predictors := sum(sparse.predictors[i] for i in slots):
@@ -320,7 +350,7 @@ def sparse_plan_of(
         n * sparse.slots[i] for i, n in slots.items()
     )
     table["2 row buffers"] = sparse.buffers
-    return Plan(ram, kept, (), step, {**table, "slack": needs.slack}, slots)
+    return Plan(ram, kept, (), step, {**table, "slack": needs.slack}, slots, lookup=True)
 
 
 def _step(room: int, needs: Needs) -> int:

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_bench, cli_calibrate, cli_generate, cli_plan
+from . import __version__, cli_bench, cli_calibrate, cli_generate, cli_plan, cli_reorder
 from .errors import DamagedError, FlashError, UsageError
 
 MODES = ("affine", "mxfp4", "mxfp8")
@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli_calibrate.add(commands)
     cli_plan.add(commands)
     cli_bench.add(commands)
+    cli_reorder.add(commands)
     return parser
 
 

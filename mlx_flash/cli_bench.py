@@ -174,7 +174,9 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]], settings: Any) -
     text = json.dumps(found)
     print(text)
     if args.json is not None:
-        args.json.write_text(text + "\n")
+        from .output import replace_text
+
+        replace_text(args.json, text + "\n")
     measured = [row for row in rows if "measured" in row]
     if args.plot is not None and measured:
         draw(args.plot, found, measured)

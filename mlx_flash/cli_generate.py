@@ -53,7 +53,8 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--lookahead",
         action=argparse.BooleanOptionalAction,
-        help="of mixtures: read ahead what the next layer's router would choose",
+        help="read ahead what the next layer's low-rank predictor names (default: yes), or, of "
+        "mixtures, what its router would choose (default: no)",
     )
     generate.add_argument(
         "--ignore-chat-template",
@@ -70,8 +71,6 @@ def run_generate(args: argparse.Namespace) -> int:
     from .directory import ModelDirectory
 
     directory = ModelDirectory(args.model)
-    if args.lookahead and not directory.mixture:
-        raise UsageError(f"--lookahead is for mixtures of experts, {args.model} is none")
     from .loader import load_model, load_tokenizer
     from .pagers import slow_back_end
 
@@ -101,7 +100,9 @@ def run_generate(args: argparse.Namespace) -> int:
     result = _stream(args, model, tokenizer, prompt)
     _summary(result)
     if args.stats:
-        _write_stats(args.stats, result)
+        from .output import replace_text
+
+        replace_text(args.stats, json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -155,20 +156,6 @@ def _check_stats(file: Path) -> None:
         raise UsageError(f"--stats {file} is a directory; give a file")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise UsageError(f"--stats {file} cannot be written: no permission")
-
-
-def _write_stats(file: Path, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=2) + "\n"
-    if file.exists() and not file.is_file():  # a pipe or a device: not to be replaced
-        file.write_text(text)
-        return
-    file = file.resolve()
-    temporary = file.with_name(file.name + ".writing")
-    try:
-        temporary.write_text(text)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _prompt_tokens(args: argparse.Namespace, tokenizer: Any) -> list[int]:
@@ -317,10 +304,15 @@ def _experts_line(flash: dict[str, Any]) -> str:
         f"Experts: {asked:.1f} of {most} asked for per layer and step, "
         f"{100 * flash['cached_rows'] / sum(flash['rows']):.1f} % in slots; exact"
     )
-    if not flash["lookahead"]:
-        return line
-    share = 100 * flash["useful"] / max(flash["foretold"], 1)
-    return line + f"; {flash['foretold']} read ahead, {share:.0f} % of them needed"
+    return line + _ahead(flash)
+
+
+def _ahead(flash: dict[str, Any]) -> str:
+    """What was read ahead, where anything was."""
+    if not flash["foretold"]:
+        return ""
+    share = 100 * flash["useful"] / flash["foretold"]
+    return f"; {flash['foretold']} read ahead, {share:.0f} % of them needed"
 
 
 def _predictor_line(flash: dict[str, Any]) -> str:
@@ -328,7 +320,8 @@ def _predictor_line(flash: dict[str, Any]) -> str:
     calls = sum(flash["rows"]) / len(flash["rows"]) * max(flash["layer_calls"], 1)
     line = (
         f"Predictor: {flash['predictor']}, {100 * flash['predicted'] / calls:.1f} % of the rows "
-        f"asked for, {100 * flash['cached_rows'] / sum(flash['rows']):.1f} % cached; "
+        f"asked for, {100 * flash['cached_rows'] / sum(flash['rows']):.1f} % cached"
+        f"{_ahead(flash)}; "
     )
     if flash["exact"]:
         return line + "exact"

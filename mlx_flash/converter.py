@@ -167,8 +167,7 @@ class _Job:
         }
         config = json.loads(json.dumps({**self.checkpoint.config, "flash": flash}))
         config["flash"]["config_sha256"] = config_sha256(config)
-        config = utils._encode_tagged_floats(config)
-        output.write_text(path, json.dumps(config, indent=2) + "\n")
+        write_config(path, config)
 
     def _write_rows(self, path: Path, report: Callable[[int, str], Any]) -> str:
         plan, take = self.rows, self.checkpoint.take
@@ -190,6 +189,12 @@ class _Job:
         total = sum(_sum_bytes(self.checkpoint, names) for names in self.shards.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         output.write_text(partial / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write config.json as transformers would."""
+    text = json.dumps(utils._encode_tagged_floats(config), indent=2)
+    output.write_text(path, text + "\n")
 
 
 def _digest(what: Any) -> str:

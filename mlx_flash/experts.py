@@ -20,7 +20,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .cache import RowCache
-from .sparse import RowStream, SparseStats
+from .row_stream import RowStream
+from .sparse import SparseStats
 
 FEW = 4  # tokens at a time for which guessing what the next layer needs makes sense
 

@@ -62,6 +62,7 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "direct_reads": reader.direct,
         "least_bytes": least,
         "dense_bytes": needs.dense,
+        "row_order": _row_order(directory),
         "predictor": _predictor(selection),
         "expert_demand": demand and {"used": demand.used, "measured": demand.measured},
         "budgets": [
@@ -69,6 +70,14 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
             for ram in _budgets(least, needs.dense)
         ],
     }
+
+
+def _row_order(directory: ModelDirectory) -> dict[str, Any] | None:
+    """By which text ``reorder`` moved the rows; None where they are in the checkpoint's order."""
+    done = directory.config["flash"].get("row_order")
+    if not isinstance(done, dict):
+        return None
+    return {key: done.get(key) for key in ("text", "tokens", "predictor")}
 
 
 def _experts(directory: ModelDirectory) -> dict[str, int] | None:
@@ -155,6 +164,11 @@ def report(info: dict[str, Any]) -> str:
     ]
     for kind, (count, bits, _) in info["requantised"].items():
         lines.append(f"  note       {count} tensors of {kind} were quantised anew, to {bits} bits")
+    if order := info["row_order"]:
+        lines.append(
+            f"  row order  reordered: by what {order['tokens']} tokens of {order['text']} ask for "
+            "together"
+        )
     if predictor := info["predictor"]:
         lines.append(_predictor_line(predictor))
     if demand := info["expert_demand"]:

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 
-from . import expert_file, footprint, pagers
+from . import embedding, expert_file, footprint, pagers
 from .architectures import get_classes
 from .budget import (
     Needs,
@@ -39,15 +39,17 @@ from .budget import (
 )
 from .cache import RowCache
 from .directory import ModelDirectory
-from .errors import BudgetError
+from .errors import BudgetError, PredictorError
 from .needs import MLX_CACHE, foreign_errors, needs_of, sparse_needs, tokens_in
 from .policy import DEFAULT_POLICY, DEFAULT_WINDOW, Policy, SlidingWindow, make_policy
 from .reader import ReadStats, RowReader
+from .row_stream import RowStream
 from .selection import Selection, select
-from .sparse import RowStream, SparseStats
+from .sparse import SparseStats
 from .stream import LayerStream
 
-LOOKAHEAD = False  # see benchmarks/mixture.py
+# Whether to read ahead by default: see benchmarks/sparse_speed.py and benchmarks/mixture.py.
+LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
 
 
 @dataclasses.dataclass
@@ -97,6 +99,7 @@ class Flash:
         )
         self.max_tokens: int | None = None
         self._forwards = 0
+        self._embedding: embedding.FlashEmbedding | None = None
         self._lock = threading.Lock()
 
     @property
@@ -146,6 +149,8 @@ class Flash:
         if self.stream:
             self.stream.close()
         self.reader.close()
+        if self._embedding is not None:
+            self._embedding.close()
 
     def weights(
         self,
@@ -172,7 +177,10 @@ class Flash:
 
     def start(self, model: nn.Module) -> None:
         """Put the paged FFNs in place, then take the resident weights into memory."""
-        model.update_modules(tree_unflatten(list(self.pager.start().items())))
+        modules = self.pager.start()
+        if self.plan.lookup and (found := embedding.find(self.directory)):
+            self._embedding = modules[embedding.PATH] = embedding.FlashEmbedding(found)
+        model.update_modules(tree_unflatten(list(modules.items())))
         mx.eval(model.parameters())
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
@@ -252,8 +260,9 @@ def load(
         window: tokens that the policy "window" keeps rows for.
         cache_share: for experiments, the share of every layer's rows that the cache holds, instead
             of what the budget would buy.
-        lookahead: of mixtures, whether to read ahead what the next layer's router would choose;
-            None takes the default.
+        lookahead: whether to read ahead what the next layer's low-rank predictor names, or, of
+            mixtures, what its router would choose; None takes the default: yes for predictors, no
+            for mixtures.
 
     With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
     used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
@@ -310,6 +319,12 @@ def load_model(
         raise BudgetError("kept_share is for models without experts; give cache_share")
     predicts = use_flash and kept_share is None
     selection = select(directory, predictor) if predicts else None
+    kind = selection.kind if selection else "none"
+    if lookahead and kind != "low-rank" and not directory.mixture:
+        raise PredictorError(
+            f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "
+            f"predictor {kind}; leave it out"
+        )
     reader = RowReader(directory.rows)
     try:
         needs = needs_of(directory, reader, context)
@@ -322,7 +337,7 @@ def load_model(
             plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
         policies = functools.partial(make_policy, policy, window=window)
         if lookahead is None:
-            lookahead = LOOKAHEAD
+            lookahead = LOOKAHEAD[directory.unit]
         flash = Flash(directory, plan, reader, selection, policies, lookahead)
         if ram is not None:
             mx.set_cache_limit(MLX_CACHE)
@@ -357,7 +372,9 @@ def _choose(
                 f"the dense model needs {show(needs.dense)}, the RAM budget is {show(budget)}; "
                 "run it without --dense, or with a larger budget"
             )
-        return Plan(budget, kept, chosen, needs.max_step, needs.table(needs.max_step, kept))
+        lookup = bool(chosen)
+        table = needs.table(needs.max_step, kept, lookup)
+        return Plan(budget, kept, chosen, needs.max_step, table, lookup=lookup)
     return make_plan(budget, needs, footprint.machine())
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from . import footprint, mixtures
+from . import embedding, footprint, mixtures
 from .architectures import make_model
 from .budget import BUFFERS, MAX_STEP, Needs, SparseNeeds
 from .directory import ModelDirectory
@@ -23,15 +23,16 @@ from .errors import FlashError, ModelError
 from .ffn import CHUNK_BYTES
 from .packed import without
 from .reader import RowReader
+from .row_stream import chunk_rows
 from .selection import Selection
 from .slots import slot_bytes
-from .sparse import chunk_rows
 
 DEFAULT_CONTEXT = 2048
 KV_STEP = 256  # mlx-lm's KV caches grow by so many tokens
 MLX_CACHE = 8 << 20  # bytes that MLX may hold on to for reuse
 SLACK = 20 << 20
-SLACK_SHARE = 0.02  # of the weights: allocators round up
+SLACK_SHARE = 0.02  # of the resident weights: allocators round up
+ROWS_SLACK_SHARE = 0.005  # of the rows, which are few large arrays
 
 
 @contextmanager
@@ -67,11 +68,12 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
         kv_cache=kv_cache,
         context=context,
         reader=reader.overhead_bytes + CHUNK_BYTES,
-        slack=SLACK + int(SLACK_SHARE * (resident + sum(weights))),
+        slack=SLACK + int(SLACK_SHARE * resident + ROWS_SLACK_SHARE * sum(weights)),
         layers=weights,
         buffer=widest,
         buffers=min(BUFFERS, len(layers)),
         workspace=functools.partial(_workspace, directory, context),
+        lookup=table.nbytes if (table := embedding.find(directory)) else 0,
     )
 
 

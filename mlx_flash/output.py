@@ -108,7 +108,26 @@ def _strange_files(out: Path) -> list[str]:
     return sorted(file.name for file in out.iterdir() if file.name not in ours)
 
 
-def check_disk(out: Path, total: int) -> None:
+def check_in_place(path: Path) -> None:
+    """Raise ConvertError unless the model directory can be replaced by one made of it."""
+    try:
+        if path.is_symlink() or path.is_mount():
+            raise ConvertError(f"{path} is a link or a mount point; give the directory itself")
+        if strange := _strange_files(path):
+            raise ConvertError(
+                f"{path} holds files that mlx_flash did not write ({', '.join(strange)}); move "
+                "them before it is replaced, or write to another directory"
+            )
+        old = _replaced(path)
+        if old.is_symlink() or (old.exists() and (not _is_ours(old) or _strange_files(old))):
+            raise ConvertError(f"{old} is in the way and not made by mlx_flash; move it")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ConvertError(f"cannot replace {path}: no permission to write in {path.parent}")
+    except OSError as error:
+        raise ConvertError(f"cannot replace {path}: {error.strerror}") from error
+
+
+def check_disk(out: Path, total: int, instead: str = "another --mlx-path") -> None:
     """Raise ConvertError unless the disk has room for what is still to be written of ``total``."""
     partial = _partial(out)
     there = 0
@@ -118,7 +137,7 @@ def check_disk(out: Path, total: int) -> None:
     if (needed := total + MARGIN_BYTES - there) > free:
         raise ConvertError(
             f"not enough disk for {out}: {show(needed)} needed, {show(free)} free; "
-            "make room or choose another --mlx-path"
+            f"make room or choose {instead}"
         )
 
 
@@ -149,7 +168,7 @@ def working_directory(out: Path, key: str) -> Iterator[Path]:
     try:
         _take_lock(lock, partial)
         try:
-            _put_back(out)
+            put_back(out)
             _claim(partial, key)
             yield partial
         finally:
@@ -184,7 +203,7 @@ def _take_lock(lock: int, partial: Path) -> None:
         raise ConvertError(f"another conversion has just finished {partial}; look at its result")
 
 
-def _put_back(out: Path) -> None:
+def put_back(out: Path) -> None:
     """Undo the first rename of a ``replace`` that was cut off before its second."""
     old = _replaced(out)
     if out.exists() or out.is_symlink() or not old.is_dir() or old.is_symlink():
@@ -262,3 +281,17 @@ def write_text(path: Path, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file for a user, whole or not at all; into a pipe or a device as it is."""
+    if file.exists() and not file.is_file():  # not to be replaced
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()
+    temporary = file.with_name(file.name + ".writing")
+    try:
+        write_text(temporary, text)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -27,9 +27,10 @@ from .ffn import FlashMLP, PackedRows, dense_weights, placeholders, use_rows
 from .packed import without
 from .policy import Policy
 from .reader import RowReader
+from .row_stream import RowStream
 from .selection import Selection
 from .slots import DTYPES, SlotMemory
-from .sparse import RowStream, SparseMLP, SparseStats
+from .sparse import Foresight, SparseMLP, SparseStats
 from .stream import LayerStream
 
 Policies = Callable[[int], Policy]
@@ -91,6 +92,8 @@ class NeuronPager(_Pager):
     Args:
         selection: predictors of the rows that fire; None where whole layers are streamed.
         policies: rows of a layer -> a policy for its slots.
+        lookahead: bring what the next layer's predictor names before its turn, where predictors
+            are not exact.
     """
 
     partial = True
@@ -103,9 +106,10 @@ class NeuronPager(_Pager):
         stats: SparseStats,
         selection: Selection | None,
         policies: Policies,
+        lookahead: bool,
     ) -> None:
         super().__init__(directory, plan, reader, stats)
-        self.selection, self._policies = selection, policies
+        self.selection, self._policies, self._lookahead = selection, policies, lookahead
 
     def find(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """See ``Pager``."""
@@ -153,14 +157,16 @@ class NeuronPager(_Pager):
             names = [part.name for part in directory.rows.layout.parts]
             parts = without(names, self.selection.provides)
             self.rows = RowStream(reader, max(layers[i].rows for i in plan.slots), parts)
+            before: SparseMLP | None = None
             for i, slots in plan.slots.items():
                 path, module = self.found[i]
                 predictor = self.selection.build(reader, i, module, ffn)
                 policy = self._policies(layers[i].rows)
-                self.caches[i] = RowCache(reader, i, slots, policy=policy, parts=parts)
-                paged[path] = SparseMLP(
-                    module, ffn, predictor, self.caches[i], self.rows, self.stats, scheme
-                )
+                cache = RowCache(reader, i, slots, policy=policy, parts=parts)
+                mlp = SparseMLP(module, ffn, predictor, cache, self.rows, self.stats, scheme)
+                if self._lookahead and before and before.layer == i - 1 and mlp.in_any_order:
+                    before.foresee(Foresight(predictor, cache, self.rows))
+                self.caches[i], paged[path], before = cache, mlp, mlp
         return paged
 
 
@@ -354,7 +360,7 @@ def make_pager(
 ) -> Pager:
     """The pager for the unit of a directory's rows."""
     if directory.unit == "neuron":
-        return NeuronPager(directory, plan, reader, stats, selection, policies)
+        return NeuronPager(directory, plan, reader, stats, selection, policies, lookahead)
     if directory.unit == "layer":
         return LayerPager(directory, plan, reader, stats)
     return ExpertPager(directory, plan, reader, stats, policies, lookahead)

@@ -33,13 +33,12 @@ from .direct_io import open_direct
 from .errors import DamagedError, ReadError
 from .layout import PAGE, RowLayout
 from .prepared import PreparedRead, iovec, prepare, where
-from .read_plan import Request, as_slice, cut, plan
+from .read_plan import Request, as_slice, cut, gap_bytes, plan, plan_scattered
 from .rows import RowFile
 
 THREADS = 32
 REQUEST_BYTES = 2 << 20
-GAP_BYTES = 16 << 10  # reading this much for nothing costs less than another request
-SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one
+GAP_BYTES = gap_bytes()  # reading this much for nothing costs no more than another request
 STAGING_BUFFERS = 8
 BEHIND = 2  # requests under way that nobody waits for yet
 
@@ -71,7 +70,8 @@ class RowReader:
             asynchronous ones ``aio.DEPTH`` of what was submitted at once.
         request_bytes: a request is at most this long (or one row, where a row is longer and cannot
             be scattered).
-        gap_bytes: unwanted bytes read along to join two requests.
+        gap_bytes: unwanted bytes read along to join two requests; None for ``GAP_BYTES``,
+            and none between scattered rows that are read asynchronously.
         direct: False reads through the page cache.
         engine: how scattered requests are read, "aio" or "threads"; None for aio where the system
             allows it and the file is read past the page cache.
@@ -85,12 +85,14 @@ class RowReader:
         *,
         threads: int = THREADS,
         request_bytes: int = REQUEST_BYTES,
-        gap_bytes: int = GAP_BYTES,
+        gap_bytes: int | None = None,
         direct: bool = True,
         engine: str | None = None,
     ) -> None:
         self.file = file
-        self.request_bytes, self.gap_bytes = request_bytes, gap_bytes
+        self.request_bytes = request_bytes
+        self.gap_bytes = GAP_BYTES if gap_bytes is None else gap_bytes
+        self._joins = gap_bytes is not None
         self.threads = threads
         layouts = file.layouts
         # Every offset, length and address that is read with is a multiple of this.
@@ -198,9 +200,14 @@ class RowReader:
                 read.scattered.extend(pieces)
             return read
         gap = self.gap_bytes // layout.stride
-        for request in plan(rows, max_rows=self.max_rows(layout), gap=gap):
-            few = layout.scatters and request.stop - request.start <= SCATTER_ROWS
-            (read.scattered if few else read.staged).append(request)
+        most = self.max_rows(layout)
+        if layout.scatters:
+            # A row that goes nowhere is a piece of its own: to the kernel as dear as a request.
+            few_gap = gap if self._joins or self.engine == "threads" else 0
+            found = plan_scattered(rows, max_rows=most, gap=gap, few_gap=few_gap)
+            read.scattered, read.staged = found
+        else:
+            read.staged = plan(rows, max_rows=most, gap=gap)
         return read
 
     def submit(self, layer: int, read: PreparedRead, behind: bool = False) -> list[Future[None]]:

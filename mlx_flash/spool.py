@@ -36,10 +36,11 @@ from .slots import UNITS
 MARKER = "calibration.key"
 STATE = "recorded.json"
 MARGIN_BYTES = 64 << 20
-# Kind of predictor -> what is recorded of each part of the text.
+# Kind of predictor, or of other use -> what is recorded of each part of the text.
 FILES = {
     "low-rank": {"train": ("x", "active"), "validation": ("x", "active", "h")},
     "threshold": {"train": ("x",), "validation": ("x", "gate", "h")},
+    "rows": {"train": ("active",), "held_out": ("active",)},  # of ``row_demand``
 }
 
 
@@ -70,6 +71,10 @@ def working_directory(path: Path, key: str) -> Iterator[Path]:
         ) from error
     try:
         _take_lock(lock, path)
+    except BaseException:
+        os.close(lock)
+        raise  # what is there is another process's
+    try:
         if not (path / MARKER).is_file() or (path / MARKER).read_text(errors="replace") != key:
             _empty(path)
             write_text(path / MARKER, key)

@@ -110,3 +110,21 @@ def test_streamed_layers_are_spread():
             assert sorted(kept + streamed) == list(range(layers))
             gaps = [b - a for a, b in pairwise(streamed)]
             assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("lookup", [0, 30 * MB])
+@pytest.mark.parametrize("layers", [(20,) * 10, (100, 10, 10), (30, 5, 5, 5), (20, 20)])
+def test_the_least_works_and_nothing_less(layers, lookup):
+    """Of layers of any sizes, with an embedding that may stay on flash."""
+    layers = tuple(size * MB for size in layers)
+    needs = dataclasses.replace(
+        NEEDS, layers=layers, buffer=max(layers), resident=50 * MB + lookup, lookup=lookup
+    )
+    plan = make_plan(needs.least, needs, MACHINE)
+    assert plan.total <= needs.least
+    with pytest.raises(BudgetError, match="the least that works"):
+        make_plan(needs.least - 1, needs, MACHINE)
+    for ram in range(needs.least, needs.dense + 2 * MB, MB):
+        plan = make_plan(ram, needs, MACHINE)
+        assert plan.total <= ram
+        assert plan.lookup == bool(plan.streamed)

@@ -658,6 +658,6 @@ def test_lookahead_where_there_is_nothing_to_look_for(tmp_path, capsys):
     dense = convert(make_checkpoint(tmp_path / "hf", "llama", "float32"), tmp_path / "dense")
     args = ["generate", "--model", str(dense), "--prompt", "x", "--lookahead"]
     assert cli.main(args) == 2
-    assert "is for mixtures" in capsys.readouterr().err
+    assert "low-rank predictors and for mixtures" in capsys.readouterr().err
     assert cli.main([*args, "--policy", "window"]) == 2
     assert "--policy window" in capsys.readouterr().err

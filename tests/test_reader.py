@@ -23,6 +23,7 @@ from mlx_flash import aio, direct_io
 from mlx_flash import reader as module
 from mlx_flash.direct_io import open_direct
 from mlx_flash.errors import DamagedError, ReadError
+from mlx_flash.read_plan import SCATTER_ROWS, plan_scattered
 from mlx_flash.reader import ReadStats, Request, RowReader, plan
 from mlx_flash.rows import PAGE, Part, RowLayout
 
@@ -199,6 +200,20 @@ def test_random_rows_into_random_slots(tmp_path, layout, direct):
             assert_read(layout, layers[layer], rows, slots, out)
 
 
+@pytest.mark.parametrize("engine", ["aio", "threads"])
+def test_what_is_joined_by_itself(tmp_path, engine):
+    """Scattered rows across a gap: by threads, not by asynchronous reads."""
+    if engine == "aio" and aio.why_not():
+        pytest.skip(aio.why_not())
+    layout = RowLayout.plan(("up", "down"), "BF16", 2048)
+    file, layers = make(tmp_path / "rows", layout, ROWS)
+    rows, slots, out = np.array([0, 2, 3, 9]), np.arange(4), slots_for(layout, 4)
+    with closing(RowReader(file, direct=engine == "aio", engine=engine)) as reader:
+        reader.read(0, rows, slots, out)
+        assert reader.stats().requests == (3 if engine == "aio" else 2)
+    assert_read(layout, layers[0], rows, slots, out)
+
+
 @pytest.mark.parametrize("request_bytes", [1, 20_000, 1 << 20])
 @pytest.mark.parametrize("gap_bytes", [0, 20_000, 1 << 20])
 def test_requests_of_any_length(tmp_path, layout, request_bytes, gap_bytes):
@@ -210,7 +225,11 @@ def test_requests_of_any_length(tmp_path, layout, request_bytes, gap_bytes):
         out = slots_for(layout, 12)
         reader.read(0, rows, slots, out)
         assert_read(layout, layers[0], rows, slots, out)
-        requests = plan(rows, max_rows=reader.max_rows(layout), gap=gap_bytes // layout.stride)
+        most, gap = reader.max_rows(layout), gap_bytes // layout.stride
+        requests = plan(rows, max_rows=most, gap=gap)
+        if layout.scatters and request_bytes > 1:  # long ones of which little is wanted are split
+            few, long = plan_scattered(rows, max_rows=most, gap=gap)
+            requests = few + long
         stats = reader.stats()
         cut_up = layout.scatters and request_bytes == 1
         pieces = layout.stride // reader._grain if cut_up else 1
@@ -342,7 +361,7 @@ def test_few_rows_scatter_and_long_runs_are_staged(
         reader.read(0, rows, slots, out)
     (buffers,) = seen
     inside = [b for b in buffers if any(np.shares_memory(b, array) for array in out)]
-    if layout.scatters and count <= module.SCATTER_ROWS:
+    if layout.scatters and count <= SCATTER_ROWS:
         assert len(inside) == count * len(layout.parts)
         assert len(buffers) <= 2 * len(inside) <= 1024  # what the least of systems takes
     else:

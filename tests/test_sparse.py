@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny import make_checkpoint
 
-from mlx_flash import predictor_file, sparse
+from mlx_flash import predictor_file, row_stream
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import BudgetError, CacheError, PredictorError
@@ -152,7 +152,7 @@ def test_a_long_prompt_is_streamed_in_pieces(trained, monkeypatch):
     directory = ModelDirectory(trained("llama-relu-austen", "float32"))
     tokens = np.random.default_rng(2).integers(3, 1000, 100).tolist()
     expected = logits(load_model(directory, use_flash=False), tokens, 100)
-    monkeypatch.setattr(sparse, "CHUNK_BYTES", 50 * directory.rows.layout.stride)
+    monkeypatch.setattr(row_stream, "CHUNK_BYTES", 50 * directory.rows.layout.stride)
     model = load_model(directory, cache_share=SHARE)
     before = model.flash.stats()
     assert difference(logits(model, tokens, 100), expected) < 1e-4
