@@ -16,8 +16,7 @@ import numpy as np
 
 from .cache import SlotTable
 from .policy import Policy
-
-STREAM_SHARE, LONG_PROMPT = 0.5, 64  # as in ``sparse``: what is computed from all rows
+from .sparse import LONG_PROMPT, STREAM_SHARE
 
 
 @dataclass(frozen=True)
