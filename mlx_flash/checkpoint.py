@@ -27,6 +27,7 @@ from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import families
+from .adapter import Adapter
 from .architectures import make_model
 from .directory import find_place, read_config
 from .errors import DamagedError, ModelError
@@ -88,8 +89,13 @@ class Packing:
             raise ModelError(f"recipe {self.recipe} is for quantising; ask for that, too (-q)")
 
 
-def open_checkpoint(source: str | Path, packing: Packing = Packing()) -> Checkpoint:
-    """Open a GGUF file, a Hugging Face directory or a hub name ("org/name")."""
+def open_checkpoint(
+    source: str | Path, packing: Packing = Packing(), adapter: Adapter | None = None
+) -> Checkpoint:
+    """Open a GGUF file, a Hugging Face directory or a hub name ("org/name").
+
+    With an adapter it is the adapted model; a GGUF's tensors are made floats for it.
+    """
     path = Path(source)
     try:
         is_file, exists = path.is_file(), path.exists()
@@ -106,10 +112,12 @@ def open_checkpoint(source: str | Path, packing: Packing = Packing()) -> Checkpo
                 f"{path}: a GGUF is not quantised anew; leave -q out (its Q4_0, Q4_1 and Q8_0 are "
                 "kept as they are), or quantise the float checkpoint"
             )
-        return GGUFCheckpoint(path, packing.dtype, packing.dequantize)
+        floats = packing.dequantize or adapter is not None
+        gguf = GGUFCheckpoint(path, packing.dtype, floats)
+        return gguf if adapter is None else AdaptedCheckpoint(gguf, adapter)
     if not exists:
         path = _download(str(source))
-    return HFCheckpoint(path, packing)
+    return HFCheckpoint(path, packing, adapter)
 
 
 def _download(name: str) -> Path:
@@ -136,9 +144,13 @@ class HFCheckpoint:
     which mlx-lm stacks a layer's experts.
     """
 
-    def __init__(self, path: Path, packing: Packing = Packing()) -> None:
+    def __init__(
+        self, path: Path, packing: Packing = Packing(), adapter: Adapter | None = None
+    ) -> None:
         self.path = path
         self.config = read_config(path)
+        if adapter:
+            self.config = adapter.adapted_config(self.config)
         self._dtype = FLOATS[packing.dtype] if packing.dtype else None
         _refuse_unfit(path, self.config)
         ffn, _ = find_place(self.config, path)
@@ -150,6 +162,13 @@ class HFCheckpoint:
         except OSError as error:
             raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
         model, weights, self.predictors = _load_lazily(path, self.config, files)
+        if adapter:
+            self.fingerprint += adapter.sha256[:16]
+            if quantization and not packing.dequantize:
+                raise ModelError(
+                    f"{path} is quantised ({scheme(quantization)}) and an adapter changes floats; "
+                    "add --dequantize, or convert the float checkpoint"
+                )
         self.row_scheme: Scheme | None = None
         with _naming(path):
             if quantization:
@@ -164,6 +183,8 @@ class HFCheckpoint:
             if quantization and packing.dequantize:
                 weights = dequantised(weights, self.config)
                 self._set_quantization(None)
+            if adapter:
+                weights = adapter.apply_all(weights)
             if packing.scheme:
                 weights = self._quantise(model, weights, ffn, packing)
         self._weights = weights
@@ -261,6 +282,27 @@ class HFCheckpoint:
                 f"{', '.join(FLOATS)}, or mlx-lm's own quantisation (quantization in config.json)"
             )
         return self._dtype or dtype
+
+
+class AdaptedCheckpoint:
+    """A float checkpoint whose tensors an adapter changes as they are taken."""
+
+    def __init__(self, base: GGUFCheckpoint, adapter: Adapter) -> None:
+        self._base, self._adapter = base, adapter
+        self.config = adapter.adapted_config(base.config)
+        adapter.check_names(base.shapes.keys())
+        self.shapes, self.dtypes = base.shapes, base.dtypes
+        self.fingerprint = base.fingerprint + adapter.sha256[:16]
+        self.predictors: dict[str, mx.array] = {}
+        self.row_scheme: Scheme | None = None
+
+    def take(self, name: str) -> mx.array:
+        changed = self._adapter.apply(name, self._base.take(name))
+        mx.eval(changed)
+        return changed
+
+    def write_tokenizer(self, out: Path) -> None:
+        self._base.write_tokenizer(out)
 
 
 @contextmanager

@@ -53,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="make floats of a quantised checkpoint or GGUF (default: kept as they are)",
     )
+    convert.add_argument(
+        "--adapter",
+        metavar="NAME",
+        help="change the model by an adapter: relu-smollm2, which ships with this package, or a "
+        "file (a GGUF is dequantised for it)",
+    )
     convert.add_argument("--force", action="store_true", help="replace an existing model directory")
     convert.set_defaults(run=run_convert)
 
@@ -142,6 +148,7 @@ def run_convert(args: argparse.Namespace) -> int:
             q_mode=args.q_mode,
             quant_predicate=args.quant_predicate,
             dequantize=args.dequantize,
+            adapter=args.adapter,
             force=args.force,
             progress=progress,
         )

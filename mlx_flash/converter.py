@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 
 from . import output, predictor_file
+from .adapter import Adapter
 from .architectures import make_model
 from .checkpoint import Checkpoint, Packing, open_checkpoint
 from .directory import FORMAT_VERSION, ROW_FILE, config_sha256, find_place
@@ -50,6 +51,7 @@ def convert(
     q_mode: str = "affine",
     quant_predicate: str | None = None,
     dequantize: bool = False,
+    adapter: str | Path | None = None,
     force: bool = False,
     progress: Callable[[int, str], Any] | None = None,
 ) -> Path:
@@ -66,6 +68,8 @@ def convert(
         q_bits, q_group_size, q_mode: how; None takes the mode's defaults (affine: 4 bits, 64).
         quant_predicate: one of mlx-lm's mixed recipes, such as mixed_4_6.
         dequantize: make floats of a quantised checkpoint.
+        adapter: one that ships with this package, by name, or a file: the model is changed by it.
+            Tensors of a GGUF are made floats for that.
         force: replace an existing model directory, at the end and only when all is done.
         progress: called first as (total bytes, "total"), then as (bytes, "layer 3") or the like;
             these add up to the total.
@@ -80,8 +84,10 @@ def convert(
         raise ModelError("bits, group size and mode are for quantising; ask for that, too (-q)")
     scheme = request(q_bits, q_group_size, q_mode) if quantize else None
     packing = Packing(dtype, scheme, quant_predicate, dequantize)
-    checkpoint = open_checkpoint(source, packing)
-    job = _Job(checkpoint, packing, Path(source).absolute().name)
+    changes = Adapter.open(adapter) if adapter else None
+    checkpoint = open_checkpoint(source, packing, changes)
+    name = Path(source).absolute().name
+    job = _Job(checkpoint, packing, f"{name} with {changes.path.stem}" if changes else name)
     output.check_disk(target, job.disk_bytes)
     with output.working_directory(target, job.key) as partial:
         output.check_target(target, force, source)  # again, now that nobody else writes it
