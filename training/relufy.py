@@ -1,7 +1,7 @@
 """Distils a model with real zeros from a dense SwiGLU one; what comes out is a small adapter.
 
     pip install -e ".[training]"
-    python training/relufy.py sample --work out/relu          # text of the dense model, 20 minutes
+    python training/relufy.py sample --work out/relu          # text of the dense model, 15 minutes
     python training/relufy.py train  --work out/relu          # resumable: the same command goes on
     python training/relufy.py export --work out/relu -o relu-smollm2.safetensors
     python training/relufy.py curves --work out/relu          # loss, zeros and perplexity, drawn
@@ -76,7 +76,8 @@ class Push:
     Steered by the mean over layers, smoothed: layers differ in how sparse they like to be.
     """
 
-    RATE, SMOOTH = 0.05, 0.9
+    GROWTH, STEERING, SMOOTH = 0.5, 3.0, 0.9
+    LEAST, MOST = 1e-5, 10.0
 
     def __init__(self, settings: Settings, model: torch.nn.Module) -> None:
         self.settings, self.ffns = settings, students.ffns(model)
@@ -97,12 +98,13 @@ class Push:
         """After a step; the zeros of its batch."""
         now = torch.stack([ffn.zeros for ffn in self.ffns]).mean().item()
         self.mean = now if self.mean is None else self.SMOOTH * self.mean + (1 - self.SMOOTH) * now
-        factor = math.exp(self.RATE * 10 * (self.target(step) - self.mean))
+        lacking = self.target(step) - self.mean
         if self.settings.activation == "fatrelu":
             for ffn in self.ffns:
-                ffn.threshold.mul_(factor)
+                ffn.threshold.mul_(math.exp(self.GROWTH * lacking))
         else:
-            self.weight = min(max(self.weight * factor, 1e-5), 1.0)
+            weight = self.weight * math.exp(self.STEERING * lacking)
+            self.weight = min(max(weight, self.LEAST), self.MOST)
         return now
 
 
@@ -269,7 +271,7 @@ class Run:
         with (self.path / "log.jsonl").open("a") as out:
             out.write(json.dumps(line) + "\n")
         if line["event"] != "step" or line["step"] % 10 == 0:
-            print(json.dumps(line), flush=True)  # noqa: T201
+            print(json.dumps(line), flush=True)
 
 
 def curves(path: Path, out: Path) -> None:
