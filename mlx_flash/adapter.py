@@ -6,8 +6,9 @@ An adapter is one safetensors file. For a projection P of the base model, [out, 
     P.scale    float32 [rank]       P.factor   float32 [], optional
 
 and the new weight is ``(W + lora_b * scale @ lora_a) * factor`` (LoRA, arXiv 2106.09685, A and B
-rounded to int8 with one scale a rank). For a norm N it holds ``N.delta`` float16 [d]. ``P.sample``
-and ``N.sample``, float16, are base weights at even distances: by them another base is told.
+rounded to int8 with one scale a rank). For a norm N it holds ``N.delta`` float16 [d]. A projection
+Q that the base does not have is ``Q.codes`` int8 [out, in] times ``Q.row_scale`` float32 [out].
+``P.sample``, float16, are base weights at even distances: by them another base is told.
 Metadata: format, version, ``config`` (what changes in config.json), ``base`` (what config.json must
 say), ``card`` (a few words for people).
 
@@ -18,6 +19,7 @@ rows, how adapters are trained (``training/relufy.py``).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ SHIPPED = Path(__file__).with_name("data")
 SAMPLES = 64
 # Relative distance of a base's samples. 4-bit quantisation makes 0.1, another model about 1.4.
 MAX_DISTANCE = 0.3
-PARTS = ("lora_a", "lora_b", "scale", "factor", "delta", "sample")
+PARTS = ("lora_a", "lora_b", "scale", "factor", "delta", "sample", "codes", "row_scale")
 
 
 def shipped() -> list[str]:
@@ -109,16 +111,37 @@ class Adapter:
 
     def _check(self) -> None:
         for name, parts in self.tensors.items():
-            factors = {"lora_a", "lora_b", "scale"}
-            if (there := factors & parts.keys()) and there != factors:
-                lacking = ", ".join(sorted(factors - there))
-                raise DamagedError(f"{self.path}: {name} lacks {lacking}")
-            if there:
+            for needed in ({"lora_a", "lora_b", "scale"}, {"codes", "row_scale"}):
+                there = needed & parts.keys()
+                if there and there != needed:
+                    lacking = ", ".join(sorted(needed - there))
+                    raise DamagedError(f"{self.path}: {name} lacks {lacking}")
+            if "codes" in parts and parts["row_scale"].shape != parts["codes"].shape[:1]:
+                raise DamagedError(
+                    f"{self.path}: {name} has codes {tuple(parts['codes'].shape)} and "
+                    f"{parts['row_scale'].size} scales; expected one for each of its rows"
+                )
+            if "lora_a" in parts:
                 ranks = {parts["lora_a"].shape[0], parts["lora_b"].shape[-1], parts["scale"].size}
                 if len(ranks) != 1:
                     raise DamagedError(
                         f"{self.path}: {name} has ranks {sorted(ranks)}; expected one"
                     )
+
+    @property
+    def added(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor that the base does not have, by its name (``Q.weight``)."""
+        return {
+            f"{name}.weight": tuple(parts["codes"].shape)
+            for name, parts in self.tensors.items()
+            if "codes" in parts
+        }
+
+    def make(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """A tensor that the base does not have."""
+        parts = self.tensors[name.removesuffix(".weight")]
+        new = parts["codes"].astype(mx.float32) * parts["row_scale"][:, None]
+        return new.astype(dtype)
 
     def adapted_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the new model.
@@ -136,8 +159,13 @@ class Adapter:
         return config | self.config
 
     def check_names(self, names: Collection[str]) -> None:
-        """Raise ModelError if it would change a tensor that is not there."""
-        lost = sorted(name for name in self.tensors if f"{name}.weight" not in names)
+        """Raise ModelError if it would change a tensor that is not there, or add one that is."""
+        if there := sorted(self.added.keys() & set(names)):
+            raise ModelError(
+                f"adapter {self.path.stem} is not for this model, which has {there[0]} already"
+            )
+        changed = {f"{name}.weight" for name in self.tensors} - self.added.keys()
+        lost = sorted(name.removesuffix(".weight") for name in changed - set(names))
         if lost:
             raise ModelError(
                 f"adapter {self.path.stem} is not for this model, which lacks "
@@ -164,9 +192,19 @@ class Adapter:
             new = new * parts["factor"]
         return new.astype(weight.dtype)
 
-    def apply_all(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """All tensors of a model, those that change not evaluated but for the ones with samples."""
+    def with_added(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """A model's tensors and those that are added, of the type that most floats have.
+
+        Raises:
+            ModelError: see ``check_names``.
+        """
         self.check_names(weights)
+        types = Counter(w.dtype for w in weights.values() if mx.issubdtype(w.dtype, mx.floating))
+        dtype = types.most_common(1)[0][0] if types else mx.float32
+        return dict(weights) | {name: self.make(name, dtype) for name in self.added}
+
+    def apply_all(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """``apply`` to all tensors; what it raises, it raises here."""
         return {name: self.apply(name, weight) for name, weight in weights.items()}
 
     def _check_base(self, name: str, weight: mx.array, parts: dict[str, mx.array]) -> None:

@@ -19,6 +19,7 @@ OWN = {
     "RefinedWeb": "falcon",
     "RefinedWebModel": "falcon",
     "bamboo": "bamboo",
+    "bypass_llama": "bypass_llama",
     "falcon": "falcon",
     "minicpm": "minicpm",
     "opt": "opt",

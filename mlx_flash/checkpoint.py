@@ -178,6 +178,8 @@ class HFCheckpoint:
                         "float checkpoint"
                     )
                 self._set_quantization(quantise_modules(model, quantization, weights))
+            if adapter:
+                weights = adapter.with_added(weights)
             # Only now: sanitize may set the model up by what is there (gemma3 ties its head).
             _compare(path, dict(tree_flatten(model.parameters())), weights)
             if quantization and packing.dequantize:
@@ -291,13 +293,18 @@ class AdaptedCheckpoint:
         self._base, self._adapter = base, adapter
         self.config = adapter.adapted_config(base.config)
         adapter.check_names(base.shapes.keys())
-        self.shapes, self.dtypes = base.shapes, base.dtypes
+        self._float = next(t for t in base.dtypes.values() if mx.issubdtype(t, mx.floating))
+        self.shapes = base.shapes | adapter.added
+        self.dtypes = base.dtypes | dict.fromkeys(adapter.added, self._float)
         self.fingerprint = base.fingerprint + adapter.sha256[:16]
         self.predictors: dict[str, mx.array] = {}
         self.row_scheme: Scheme | None = None
 
     def take(self, name: str) -> mx.array:
-        changed = self._adapter.apply(name, self._base.take(name))
+        if name in self._adapter.added:
+            changed = self._adapter.make(name, self._float)
+        else:
+            changed = self._adapter.apply(name, self._base.take(name))
         mx.eval(changed)
         return changed
 

@@ -128,6 +128,7 @@ def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
 FAMILIES: dict[str, Ffn] = {
     # SwiGLU under llama's names, or what the config says.
     "llama": _refit(),
+    "bypass_llama": _refit(),
     "minicpm": _refit(),
     "mistral": _refit(),
     "sparsellama": _refit(),

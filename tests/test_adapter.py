@@ -17,6 +17,8 @@ from mlx_flash.errors import DamagedError, ModelError
 
 LAYERS, HIDDEN, ROWS, RANK, THRESHOLD = 4, 64, 160, 8, 0.05
 NAMES = {"gate_proj": (ROWS, HIDDEN), "up_proj": (ROWS, HIDDEN), "down_proj": (HIDDEN, ROWS)}
+CONFIG = {"hidden_act": "fatrelu", "hidden_act_param": THRESHOLD}
+BYPASS = CONFIG | {"model_type": "bypass_llama"}
 NORM = "model.layers.1.input_layernorm"
 PROMPT = mx.array([[5, 17, 40, 90, 3, 8, 220, 11]])
 
@@ -30,8 +32,8 @@ def weights_of(path):
     return {k: v for f in sorted(path.glob("model*.safetensors")) for k, v in mx.load(f).items()}
 
 
-def parts(checkpoint, seed=0):
-    """Tensors of an adapter that changes every FFN and a norm."""
+def parts(checkpoint, seed=0, bypass=True):
+    """Tensors of an adapter that changes every FFN and a norm, and may add a projection."""
     random, found = np.random.default_rng(seed), {}
     base = weights_of(checkpoint)
     for i in range(LAYERS):
@@ -44,6 +46,11 @@ def parts(checkpoint, seed=0):
         found[f"{gate}.factor"] = np.float32(2.0 + i)
         found[f"model.layers.{i}.mlp.up_proj.factor"] = np.float32(1 / (2.0 + i))
         found[f"{gate}.sample"] = np.array(adapters.sample(base[f"{gate}.weight"]))
+        if bypass:
+            path = f"model.layers.{i}.bypass"
+            other = np.random.default_rng([seed, i])
+            found[f"{path}.codes"] = other.integers(-127, 128, (HIDDEN, HIDDEN), np.int8)
+            found[f"{path}.row_scale"] = other.uniform(1e-4, 1e-3, HIDDEN).astype(np.float32)
     found[f"{NORM}.delta"] = random.uniform(-0.1, 0.1, HIDDEN).astype(np.float16)
     return found
 
@@ -52,7 +59,7 @@ def write(path, tensors, **other):
     metadata = {
         "format": adapters.FORMAT,
         "version": adapters.VERSION,
-        "config": json.dumps({"hidden_act": "fatrelu", "hidden_act_param": THRESHOLD}),
+        "config": json.dumps(CONFIG),
         "base": json.dumps({"model_type": "llama", "hidden_size": HIDDEN, "hidden_act": "silu"}),
         "card": "made by a test",
     }
@@ -61,9 +68,12 @@ def write(path, tensors, **other):
     return path
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, checkpoint):
-    return write(tmp_path_factory.mktemp("adapter") / "tiny.safetensors", parts(checkpoint))
+@pytest.fixture(scope="module", params=["changes", "adds a bypass"])
+def adapter(request, tmp_path_factory, checkpoint):
+    file = tmp_path_factory.mktemp("adapter") / "tiny.safetensors"
+    if request.param == "changes":
+        return write(file, parts(checkpoint, bypass=False))
+    return write(file, parts(checkpoint), config=json.dumps(BYPASS))
 
 
 def changed_by_hand(checkpoint):
@@ -84,21 +94,28 @@ def changed_by_hand(checkpoint):
     return found
 
 
-def reference(checkpoint, tokens):
+def reference(checkpoint, adapter, tokens):
     """Logits of a llama with those weights and fatrelu, by mlx-lm with its SiLU replaced."""
     model, _ = utils.load_model(checkpoint, lazy=False)
     model.load_weights(
         [(k, mx.array(v.astype(np.float32))) for k, v in changed_by_hand(checkpoint).items()]
     )
-    for layer in model.layers:
-        mlp = layer.mlp
+    tensors = mx.load(str(adapter))
+    for i, layer in enumerate(model.layers):
+        mlp, path = layer.mlp, f"model.layers.{i}.bypass"
+        beside = None
+        if f"{path}.codes" in tensors:
+            scale = np.array(tensors[f"{path}.row_scale"])
+            beside = np.array(tensors[f"{path}.codes"]).astype(np.float32) * scale[:, None]
 
         class Ffn(type(mlp)):
             def __call__(self, x):
                 gate = self.gate_proj(x)
-                return self.down_proj(mx.where(gate > THRESHOLD, gate, 0) * self.up_proj(x))
+                y = self.down_proj(mx.where(gate > THRESHOLD, gate, 0) * self.up_proj(x))
+                return y if self.beside is None else y + x @ mx.array(self.beside.T)
 
         mlp.__class__ = Ffn
+        object.__setattr__(mlp, "beside", beside)
     return model(tokens)
 
 
@@ -106,7 +123,7 @@ def reference(checkpoint, tokens):
 def test_logits_of_the_adapted_model(tmp_path, checkpoint, adapter, how):
     out = convert(checkpoint, tmp_path / "out", dtype="float32", adapter=adapter)
     model, _ = load(out, **how)
-    found, expected = model(PROMPT), reference(checkpoint, PROMPT)
+    found, expected = model(PROMPT), reference(checkpoint, adapter, PROMPT)
     plain, _ = load(convert(checkpoint, tmp_path / "plain", dtype="float32"), use_flash=False)
     assert mx.abs(found - expected).max() < 1e-4
     assert mx.abs(plain(PROMPT) - expected).max() > 0.05  # the adapter is not next to nothing
@@ -132,7 +149,7 @@ def test_quantising_an_adapted_model(tmp_path, checkpoint, adapter):
     (floats / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(
         str(floats / "model.safetensors"),
-        applied.apply_all(weights_of(checkpoint)),
+        applied.apply_all(applied.with_added(weights_of(checkpoint))),
         {"format": "mlx"},
     )
     asked = {"quantize": True, "q_bits": 4, "q_group_size": 32}
@@ -156,7 +173,7 @@ def test_quantised_checkpoints_are_dequantised_first_or_refused(tmp_path, checkp
         tmp_path / "q8", tmp_path / "out", adapter=adapter, dequantize=True, dtype="float32"
     )
     found, _ = load(out, use_flash=False)
-    expected = reference(checkpoint, PROMPT)
+    expected = reference(checkpoint, adapter, PROMPT)
     assert mx.abs(found(PROMPT) - expected).max() < 0.1 * mx.abs(expected).max()
 
 
@@ -169,7 +186,7 @@ def test_another_adapter_starts_anew(tmp_path, checkpoint, adapter):
 
     with pytest.raises(KeyboardInterrupt):
         convert(checkpoint, tmp_path / "out", adapter=adapter, progress=stop)
-    other = write(tmp_path / "other.safetensors", parts(checkpoint, seed=1))
+    other = write(tmp_path / "other.safetensors", parts(checkpoint, seed=1, bypass=False))
     convert(checkpoint, tmp_path / "out", adapter=other)
     convert(checkpoint, tmp_path / "clean", adapter=other)
     name = "ffn_rows.safetensors"
@@ -192,11 +209,19 @@ WRONG = {
     "two ranks": (lambda t: t | {f"{GATE}.scale": np.ones(3, np.float32)}, {}, DamagedError,
                   r"has ranks \[3, 8\]"),
     "a layer too many": (lambda t: t | {"model.layers.9.mlp.up_proj.factor": np.float32(1)}, {},
-                         ModelError, "lacks 1 of 14 tensors: model.layers.9.mlp.up_proj"),
+                         ModelError, "lacks 1 of 18 tensors: model.layers.9.mlp.up_proj"),
     "another shape": (lambda t: t | {f"{GATE}.lora_a": np.ones((RANK, 9), np.int8)}, {}, ModelError,
                       r"\(160, 64\), expected \(160, 9\)"),
     "other weights": (lambda t: t | {f"{GATE}.sample": -t[f"{GATE}.sample"]}, {}, ModelError,
                       "differs from its base by 200% of its size"),
+    "half of an addition": (lambda t: without(t, "model.layers.0.bypass.codes"), {}, DamagedError,
+                            "bypass lacks codes"),
+    "scales for other rows": (lambda t: t | {"model.layers.0.bypass.row_scale":
+                              np.ones(3, np.float32)}, {}, DamagedError,
+                              "and 3 scales; expected one for each"),
+    "what is there already": (lambda t: t | {"model.norm.codes": np.ones((3, 3), np.int8),
+                              "model.norm.row_scale": np.ones(3, np.float32)}, {}, ModelError,
+                              "has model.norm.weight already"),
     "an unknown part": (lambda t: t | {f"{GATE}.bias": np.ones(3, np.float32)}, {}, ModelError,
                         "unknown tensor"),
 }  # fmt: skip
@@ -205,6 +230,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_refused(tmp_path, checkpoint, case):
     change, metadata, error, message = WRONG[case]
+    metadata = {"config": json.dumps(BYPASS)} | metadata
     file = write(tmp_path / "wrong.safetensors", change(parts(checkpoint)), **metadata)
     with pytest.raises(error, match=message):
         convert(checkpoint, tmp_path / "out", adapter=file)

@@ -99,6 +99,7 @@ TINY: dict[str, dict[str, Any]] = {
     ),
     "baichuan_m1": _llama(sliding_window_layers=[1, 3], conv_window=2, **_WINDOW),
     "bamboo": _llama(hidden_act="relu", **_WINDOW),
+    "bypass_llama": _llama(hidden_act="fatrelu", hidden_act_param=0.1),
     "cohere": _llama(layer_norm_eps=1e-5, logit_scale=0.25, tie_word_embeddings=True),
     "cohere2": _llama(
         layer_norm_eps=1e-5,

@@ -60,6 +60,12 @@ def tensors(dense: torch.nn.Module, student: torch.nn.Module, activation: str) -
         elif type(module).__name__ == "LlamaRMSNorm":
             delta = module.weight.detach() - base[f"{name}.weight"]
             found[f"{name}.delta"] = delta.half().numpy()
+    for i, ffn in enumerate(students.ffns(student)):
+        if ffn.bypass is not None:
+            scale = ffn.bypass.detach().abs().amax(dim=1).clamp(min=1e-12) / 127
+            codes = (ffn.bypass.detach() / scale[:, None]).round().to(torch.int8)
+            found[f"model.layers.{i}.bypass.codes"] = codes.numpy()
+            found[f"model.layers.{i}.bypass.row_scale"] = scale.float().numpy()
     if activation != "fatrelu":
         return found, None
     thresholds = [ffn.threshold.item() for ffn in students.ffns(student)]
@@ -79,6 +85,8 @@ def write(
     config = {"hidden_act": "relu"}
     if activation == "fatrelu":
         config = {"hidden_act": "fatrelu", "hidden_act_param": threshold}
+    if students.ffns(student)[0].bypass is not None:
+        config |= {"model_type": "bypass_llama", "architectures": ["BypassLlamaForCausalLM"]}
     elif activation == "drelu":
         config |= {"model_type": "bamboo", "architectures": ["BambooForCausalLM"]}
     base = dense.config.to_dict()

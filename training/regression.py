@@ -1,8 +1,9 @@
-"""Where training begins: each layer's down projection fitted to what the dense layer gives.
+"""Where training begins: bypass and down projection fitted to what the dense layer gives.
 
 Layer by layer, with the student's own stream as input, so that each layer also mends what those
-before it lost. The least-squares delta of down is cut to the adapter's rank where it matters least
-(reduced-rank regression): with H the inner activations and E what is missing,
+before it lost. The bypass is the least-squares map from the FFN's input to what is missing. The
+least-squares delta of down for what then is missing is cut to the adapter's rank where that costs
+least (reduced-rank regression): with H the inner activations and E what is missing,
 
     delta = E H^T (H H^T + ridge)^-1,    B = the first eigenvectors of delta H H^T delta^T,
     A = B^T delta.
@@ -16,11 +17,12 @@ Knows: the student, that regression. Does not know: losses on logits, files.
 from __future__ import annotations
 
 import torch
-from student import ffns
+from student import SparseMLP, ffns
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 RIDGE = 0.01  # of the mean of H H^T's diagonal
+BYPASS_RIDGE = 0.001
 BATCH = 8  # windows
 LEAST = 0.02  # threshold in standard deviations of a layer's gates
 
@@ -63,15 +65,18 @@ def begin(
             # Never 0: a threshold grows by factors, and one of the whole model is folded in.
             ffn.threshold.copy_(some.quantile(zeros).clamp(min=LEAST * some.std()))
         weight = stream.pow(2).mean(-1, keepdim=True).rsqrt().flatten(0, 1)
+        weight = weight.view(*stream.shape[:2], 1)
+        if ffn.bypass is not None:
+            _fit_bypass(ffn, inputs, stream - middle, weight)
         rows = ffn.down_proj.weight.shape[1]
         gram, cross = torch.zeros(rows, rows), torch.zeros(ffn.down_proj.weight.shape)
         pieces = zip(
             inputs.split(BATCH), (stream - middle).split(BATCH),
-            weight.view(*stream.shape[:2], 1).split(BATCH), strict=True,
+            weight.split(BATCH), strict=True,
         )  # fmt: skip
         for x, target, w in pieces:
             inner = ffn.hidden(x)
-            missing = (target - ffn.down_proj(inner)) * w
+            missing = (target - ffn.down_proj(inner) - ffn.beside(x)) * w
             inner = (inner * w).flatten(0, 1)
             gram += inner.T @ inner
             cross += missing.flatten(0, 1).T @ inner
@@ -82,6 +87,20 @@ def begin(
         lost = (mine - stream).pow(2).sum(-1) / stream.pow(2).sum(-1)
         errors.append(lost.mean().item())
     return errors
+
+
+def _fit_bypass(
+    ffn: SparseMLP, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
+) -> None:
+    gram, cross = torch.zeros_like(ffn.bypass), torch.zeros_like(ffn.bypass)
+    pieces = zip(inputs.split(BATCH), targets.split(BATCH), weight.split(BATCH), strict=True)
+    for x, target, w in pieces:
+        missing = ((target - ffn.down_proj(ffn.hidden(x))) * w).flatten(0, 1)
+        weighted = (x * w).flatten(0, 1)
+        gram += weighted.T @ weighted
+        cross += missing.T @ weighted
+    ridge = BYPASS_RIDGE * gram.diagonal().mean()
+    ffn.bypass.copy_(torch.linalg.solve(gram + ridge * torch.eye(len(gram)), cross.T).T)
 
 
 def _cut(down: torch.nn.Module, gram: torch.Tensor, cross: torch.Tensor) -> None:

@@ -45,21 +45,24 @@ class Settings:
     Args:
         zeros: share aimed at, mean over layers; the training begins at ``first_zeros`` and is there
             after ``grown`` of the steps.
+        bypass_rate: learning rate of the bypass over that of the rest.
         hidden: weight of the residual stream's error beside the KL.
     """
 
     activation: str = "fatrelu"
-    tokens: int = 420_000
+    tokens: int = 220_000
     batch: int = 2
-    rate: float = 2e-3
+    rate: float = 1.5e-3
     warmup: int = 20
     last_rate: float = 0.03
-    ffn_rank: int = 48
-    attention_rank: int = 16
+    ffn_rank: int = 20
+    attention_rank: int = 12
+    bypass: bool = True
+    bypass_rate: float = 0.15
     hidden: float = 3.0
     kl_share: float = 0.5
-    zeros: float = 0.76
-    first_zeros: float = 0.70
+    zeros: float = 0.745
+    first_zeros: float = 0.72
     grown: float = 0.3
     prose_share: float = 0.5
     regression_windows: int = 48
@@ -145,7 +148,7 @@ class Run:
         # Before hooks are put on the dense model: the student is built from it.
         self.student = students.make(
             self.dense, settings.activation, settings.ffn_rank, settings.attention_rank,
-            settings.seed,
+            settings.seed, settings.bypass,
         )  # fmt: skip
         self.chat = np.load(work / "chat.npy")
         self.novels = text.prose(self.tokenizer, False)
@@ -153,10 +156,12 @@ class Run:
         prose = text.prose(self.tokenizer, True)
         self.held_out = {"chat": chat[:QUICK], "prose": prose[:: len(prose) // QUICK][:QUICK]}
         self.push = Push(settings, self.student)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.student.parameters() if p.requires_grad],
-            lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.0,
-        )  # fmt: skip
+        trained = [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for n, p in trained if n.endswith("bypass")], "of": settings.bypass_rate},
+            {"params": [p for n, p in trained if not n.endswith("bypass")], "of": 1.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, settings.rate, (0.9, 0.95), weight_decay=0.0)
         self.step, self.seconds = 0, 0.0
 
     def batches(self, step: int) -> torch.Tensor:
@@ -205,7 +210,7 @@ class Run:
         while self.step < s.steps and not (stop and time.time() > stop):
             started = time.perf_counter()
             for group in self.optimizer.param_groups:
-                group["lr"] = s.rate * schedule(s, self.step)
+                group["lr"] = s.rate * group["of"] * schedule(s, self.step)
             line = self.one(self.batches(self.step), streams)
             line["zeros"] = self.push.steer(self.step)
             self.step += 1
@@ -325,7 +330,11 @@ def parser() -> argparse.ArgumentParser:
             for key, value in asdict(Settings()).items():
                 flag = "--" + key.replace("_", "-")
                 choices = students.ACTIVATIONS if key == "activation" else None
-                command.add_argument(flag, type=type(value), default=value, choices=choices)
+                if isinstance(value, bool):
+                    action = argparse.BooleanOptionalAction
+                    command.add_argument(flag, action=action, default=value)
+                else:
+                    command.add_argument(flag, type=type(value), default=value, choices=choices)
         if name in ("export", "curves"):
             command.add_argument("-o", "--out", type=Path, required=True)
     return made

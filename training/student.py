@@ -1,5 +1,10 @@
 """The student: the dense model with another activation and low-rank deltas on every projection.
 
+Beside the FFN runs a bypass, a dense matrix [d, d] from the FFN's input to its output: what SiLU
+gives where its argument is negative is not nothing, but near a constant, and a constant times up's
+output is linear in the input. Without it SmolLM2's perplexity rises a hundredfold before training;
+with a constant of -0.1 in the place of the zeros by a factor of 2.3.
+
 Base weights are shared with the teacher and never change. The FFN gives ``where(g > t, g, 0) * u``
 with g the gate's output, u up's (for dReLU ``relu(g) * relu(u)``, PowerInfer-2's Bamboo) and t a
 threshold of the layer: 0 for ReLU, else FATReLU (ProSparse, arXiv 2402.13516, section 3.3).
@@ -43,13 +48,20 @@ class SparseMLP(nn.Module):
     """
 
     def __init__(
-        self, mlp: nn.Module, activation: str, rank: int, generator: torch.Generator
+        self,
+        mlp: nn.Module,
+        activation: str,
+        rank: int,
+        generator: torch.Generator,
+        bypass: bool,
     ) -> None:
         super().__init__()
         self.activation = activation
         for name in FFN:
             setattr(self, name, LoRALinear(getattr(mlp, name).weight, rank, generator))
         self.register_buffer("threshold", torch.zeros(()))
+        columns = self.up_proj.weight.shape[1]
+        self.bypass = nn.Parameter(torch.zeros(columns, columns)) if bypass else None
         self.inner = self.zeros = None
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,13 +74,28 @@ class SparseMLP(nn.Module):
         return self.inner
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.hidden(x))
+        return self.down_proj(self.hidden(x)) + self.beside(x)
+
+    def beside(self, x: torch.Tensor) -> torch.Tensor | float:
+        """What the bypass adds."""
+        return 0.0 if self.bypass is None else functional.linear(x, self.bypass)
 
 
 def make(
-    dense: LlamaForCausalLM, activation: str, ffn_rank: int, attention_rank: int, seed: int
+    dense: LlamaForCausalLM,
+    activation: str,
+    ffn_rank: int,
+    attention_rank: int,
+    seed: int,
+    bypass: bool = True,
 ) -> LlamaForCausalLM:
-    """A student that shares the dense model's weights; B is 0, so only the activation differs."""
+    """A student that shares the dense model's weights; B is 0, so only the activation differs.
+
+    Raises:
+        ValueError: dReLU with a bypass, which no decoder of this package has.
+    """
+    if bypass and activation == "drelu":
+        raise ValueError("dReLU goes without a bypass; add --no-bypass")
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = LlamaForCausalLM(dense.config)
@@ -81,7 +108,7 @@ def make(
         for name in ATTENTION:
             weight = getattr(attention, name).weight
             setattr(attention, name, LoRALinear(weight, attention_rank, generator))
-        layer.mlp = SparseMLP(layer.mlp, activation, ffn_rank, generator)
+        layer.mlp = SparseMLP(layer.mlp, activation, ffn_rank, generator, bypass)
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             module.weight = nn.Parameter(module.weight.detach().clone())
