@@ -1,9 +1,9 @@
 """Cache policies against the optimum: their hits over those of a cache that knows the future.
 
 Which rows fire is recorded from real forward passes: the two trained models of tests/fixtures and
-SmolLM2 with its small activations dropped, over a novel that none of the fixtures has seen and over
-text that the model generates itself. The traces are then replayed through the package's own slot
-table, without weights or disk. A hit is an active row that is in a slot when its token comes; hits
+SmolLM2, with the adapter that ships and with its small activations dropped, over a novel that none
+of the fixtures has seen and over text that the model generates itself. The traces are then replayed
+through the package's own slot table, without weights or disk. A hit is an active row that is in a slot when its token comes; hits
 count after a warm start. The yardstick is Belady by the package's rule: every active row takes a
 slot while there are enough. Besides: what it would give to let rows that rank low pass by.
 
@@ -40,6 +40,7 @@ from mlx_flash.policy import LFU, LRU, Belady, Policy, SlidingWindow
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ("opt-austen", "llama-relu-austen")
+RELU = "relu-smollm2"  # the adapter that ships
 TEXT = ROOT / "mlx_flash" / "data" / "persuasion.txt"
 TEXT_STARTS = 100_000  # characters into it: past the title page
 SMOLLM_SPARSITY = (0.5, 0.9)
@@ -181,15 +182,18 @@ def directories() -> Iterator[tuple[str, Callable[[], ModelDirectory], float]]:
         source = ROOT / "tests" / "fixtures" / fixture
         name = f"{fixture}-{zlib.crc32((source / 'model.safetensors').read_bytes()):08x}"
         yield name, lambda s=source, n=name: made(s, n), 0
+    yield RELU, lambda: made(common.smollm_gguf(), RELU, RELU), 0
     for sparsity in SMOLLM_SPARSITY:
         name = f"smollm2-{sparsity:.0%}-dropped"
         yield name, lambda: made(common.smollm_gguf(), "smollm2-float32"), sparsity
 
 
-def made(source: Path, name: str) -> ModelDirectory:
+def made(source: Path, name: str, adapter: str | None = None) -> ModelDirectory:
     out = OUT / f"{name}-float32"
     return ModelDirectory(
-        out if out.exists() else convert(str(source), out, dtype="float32", dequantize=True)
+        out
+        if out.exists()
+        else convert(str(source), out, dtype="float32", dequantize=True, adapter=adapter)
     )
 
 
@@ -206,9 +210,8 @@ def traces(name: str, make: Callable[[], ModelDirectory], sparsity: float, token
             sequences = [ids[at : at + CONTEXT] for at in range(0, ids.size, CONTEXT)]
             if kind == "generated":
                 sequences = generated(directory, sequences)
-            layers = record(directory, sequences, sparsity)[
-                SMOLLM_LAYERS if sparsity else slice(None)
-            ]
+            some = SMOLLM_LAYERS if sparsity or name == RELU else slice(None)
+            layers = record(directory, sequences, sparsity)[some]
             np.savez(path, *layers, rows=directory.rows.layers[0].rows)
         with np.load(path) as file:
             rows = int(file["rows"])
