@@ -3,9 +3,10 @@
 Which rows fire is recorded from real forward passes: the two trained models of tests/fixtures and
 SmolLM2, with the adapter that ships and with its small activations dropped, over a novel that none
 of the fixtures has seen and over text that the model generates itself. The traces are then replayed
-through the package's own slot table, without weights or disk. A hit is an active row that is in a slot when its token comes; hits
-count after a warm start. The yardstick is Belady by the package's rule: every active row takes a
-slot while there are enough. Besides: what it would give to let rows that rank low pass by.
+through the package's own slot table, without weights or disk. A hit is an active row that is in a
+slot when its token comes; hits count after a warm start. The yardstick is Belady by the package's
+rule: every active row takes a slot while there are enough. Besides: what it would give to let rows
+that rank low pass by.
 
     python benchmarks/policies.py                    # everything, some minutes
     python benchmarks/policies.py --traces opt-austen --tokens 500
