@@ -45,6 +45,8 @@ class Settings:
     Args:
         zeros: share aimed at, mean over layers; the training begins at ``first_zeros`` and is there
             after ``grown`` of the steps.
+        begin_from: another training in the same directory, whose outcome takes the place of the
+            regression.
         bypass_rate: learning rate of the bypass over that of the rest.
         hidden: weight of the residual stream's error beside the KL.
     """
@@ -67,6 +69,7 @@ class Settings:
     prose_share: float = 0.5
     regression_windows: int = 48
     seed: int = 0
+    begin_from: str = ""
 
     @property
     def steps(self) -> int:
@@ -180,7 +183,7 @@ class Run:
         state = self.path / "state.pt"
         if state.exists():
             saved = torch.load(state, weights_only=True)
-            if saved["settings"] != asdict(s):
+            if Settings(**saved["settings"]) != s:
                 raise SystemExit(
                     f"{self.path} was trained with other settings: {saved['settings']}"
                 )
@@ -191,6 +194,13 @@ class Run:
             return
         (self.path / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
         self.log({"event": "dense"} | self.measure(self.dense))
+        if s.begin_from:
+            other = self.path.with_name(s.begin_from) / "state.pt"
+            if not other.exists():
+                raise SystemExit(f"{other} is not there; train {s.begin_from} first")
+            students.restore(self.student, torch.load(other, weights_only=True)["trained"])
+            self.log({"event": "eval"} | self.measure(self.student))
+            return
         random = np.random.default_rng(s.seed)
         half = s.regression_windows // 2
         picked = [p[random.permutation(len(p))[:half]] for p in (self.novels, self.chat)]
@@ -202,12 +212,14 @@ class Run:
         self.log({"event": "regression", "errors": [round(e, 4) for e in errors]})
         self.log({"event": "eval"} | self.measure(self.student))
 
-    def train(self, every: int, until: float | None) -> None:
+    def train(self, every: int, until: float | None, stop: int | None = None) -> None:
+        """Go on to the end, for ``until`` seconds, or to step ``stop``."""
         self.begin()
         s = self.settings
         streams = [students.Streams(m) for m in (self.dense, self.student)]
-        stop = None if until is None else time.time() + until
-        while self.step < s.steps and not (stop and time.time() > stop):
+        late = None if until is None else time.time() + until
+        last = min(s.steps, stop or s.steps)
+        while self.step < last and not (late and time.time() > late):
             started = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = s.rate * group["of"] * schedule(s, self.step)
@@ -216,7 +228,7 @@ class Run:
             self.step += 1
             self.seconds += time.perf_counter() - started
             self.log({"event": "step", "step": self.step, "seconds": round(self.seconds, 1)} | line)
-            if self.step % every == 0 or self.step == s.steps:
+            if self.step % every == 0 or self.step == last:
                 for each in streams:
                     each.take()
                 self.save()
@@ -279,6 +291,21 @@ class Run:
             print(json.dumps(line), flush=True)
 
 
+def _history(path: Path) -> tuple[list[dict], list[dict], dict]:
+    """Steps, evaluations, and the dense model's, of a training and those it begins from."""
+    settings = json.loads((path / "settings.json").read_text())
+    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    before: tuple[list[dict], list[dict]] = ([], [])
+    if settings.get("begin_from"):
+        steps, evals, _ = _history(path.with_name(settings["begin_from"]))
+        before = (steps, evals[:-1])  # the next training measures the same state again
+    done = before[0][-1]["tokens"] if before[0] else 0
+    for line in lines:
+        line["tokens"] = done + line.get("step", 0) * settings["batch"] * text.WINDOW
+    kinds = {kind: [x for x in lines if x["event"] == kind] for kind in ("step", "eval", "dense")}
+    return before[0] + kinds["step"], before[1] + kinds["eval"], kinds["dense"][0]
+
+
 def curves(path: Path, out: Path) -> None:
     """Loss, zeros and held-out perplexity over tokens, as a picture."""
     import matplotlib
@@ -286,23 +313,18 @@ def curves(path: Path, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    settings = json.loads((path / "settings.json").read_text())
-    tokens = settings["batch"] * text.WINDOW
-    steps = [line for line in lines if line["event"] == "step"]
-    evals = [line for line in lines if line["event"] == "eval"]
-    dense = next(line for line in lines if line["event"] == "dense")
+    steps, evals, dense = _history(path)
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     smooth = np.convolve([s["kl"] for s in steps], np.ones(25) / 25, "valid")
-    axes[0].plot([s["step"] * tokens for s in steps][24:], smooth)
+    axes[0].plot([s["tokens"] for s in steps][24:], smooth)
     axes[0].set(title="KL on training text, mean of 25 steps", xlabel="tokens", yscale="log")
     smooth = np.convolve([s["zeros"] for s in steps], np.ones(25) / 25, "valid")
-    axes[1].plot([s["step"] * tokens for s in steps][24:], smooth)
+    axes[1].plot([s["tokens"] for s in steps][24:], smooth)
     axes[1].set(title="zeros, mean over layers", xlabel="tokens")
     for name in ("prose", "chat"):
         ratio = [e[name] / dense[name] for e in evals]
-        axes[2].plot([e["step"] * tokens for e in evals], ratio, "o-", label=f"held-out {name}")
-    axes[2].set(title="perplexity over the dense model's", xlabel="tokens", ylim=(1, 2))
+        axes[2].plot([e["tokens"] for e in evals], ratio, "o-", label=f"held-out {name}")
+    axes[2].set(title="perplexity over the dense model's", xlabel="tokens", ylim=(1, 1.6))
     axes[2].legend()
     figure.savefig(out, dpi=110)
 
@@ -326,6 +348,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--batch", type=int, default=96)
         if name == "train":
             command.add_argument("--every", type=int, default=100, help="steps between evaluations")
+            command.add_argument(
+                "--stop", type=int, help="step to stop at; the schedule is --tokens'"
+            )
             command.add_argument("--minutes", type=float, help="stop after, resumable")
             for key, value in asdict(Settings()).items():
                 flag = "--" + key.replace("_", "-")
@@ -359,7 +384,7 @@ def main() -> None:
         keys = asdict(Settings())
         settings = Settings(**{key: getattr(args, key) for key in keys})
         run = Run(args.work, gguf, settings, args.name)
-        run.train(args.every, args.minutes and 60 * args.minutes)
+        run.train(args.every, args.minutes and 60 * args.minutes, args.stop)
         return
     path = args.work / args.name
     settings = Settings(**json.loads((path / "settings.json").read_text()))
