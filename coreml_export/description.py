@@ -136,6 +136,13 @@ def column_slices(tensor: Tensor, width: int) -> list[Tensor]:
     ]
 
 
+def embedding_pieces(decoder: Decoder, wide: bool) -> list[Tensor]:
+    """What the embedding is stored as: in the head's slices where both are one tensor."""
+    if wide and decoder.head.weight.name == decoder.embedding.name:
+        return column_slices(decoder.embedding, decoder.d_embedding)
+    return [decoder.embedding]
+
+
 def check_context(decoder: Decoder, context: int) -> None:
     """Raise ExportError unless the decoder can run so many tokens."""
     if context < 64 or context % 32:

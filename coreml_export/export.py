@@ -24,7 +24,7 @@ from mlx_flash.rows import RowFileWriter
 from . import decoder as dense
 from . import manifest, package, paged, predictor, readme, tokenizer
 from .architecture import describe
-from .description import MULTIPLE, Decoder, check_context, tensors
+from .description import MULTIPLE, Decoder, check_context, embedding_pieces, tensors
 from .errors import ExportError
 from .mil import fresh_names
 from .recipes import Recipe, recipe, scheme_of
@@ -382,8 +382,11 @@ def _rows(
 
 
 def _embedding(source: Source, decoder: Decoder, settings: Settings, out: Path) -> dict[str, Any]:
+    """What the dense package's embedding stands for: a tied head is packed slice by slice."""
     weights = Weights(source, settings.recipe)
-    table = weights.packed(decoder.embedding).floats().astype(np.float16)
+    pieces = embedding_pieces(decoder, settings.wide)
+    floats = [weights.packed(piece).floats().astype(np.float16) for piece in pieces]
+    table = np.concatenate(floats, axis=1)
     table.tofile(out / "embedding.bin")
     return {"file": "embedding.bin", "dtype": "float16", "shape": list(table.shape)}
 

@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from . import rotary
-from .description import Attention, Decoder, Ffn, Layer, Linear, Norm, column_slices
+from .description import (
+    Attention,
+    Decoder,
+    Ffn,
+    Layer,
+    Linear,
+    Norm,
+    column_slices,
+    embedding_pieces,
+)
 from .mil import mb, types
 from .weights import Weights
 
@@ -85,10 +94,7 @@ class Builder:
 
     def embed(self, ids: Any) -> Any:
         """Token numbers [1, length] -> [1, length, width]."""
-        decoder = self.decoder
-        pieces = [decoder.embedding]
-        if self.wide and decoder.head.weight.name == decoder.embedding.name:  # stored in slices
-            pieces = column_slices(decoder.embedding, decoder.d_embedding)
+        pieces = embedding_pieces(self.decoder, self.wide)
         rows = [mb.gather(x=self.weights.matrix(p), indices=ids, axis=0) for p in pieces]
         return rows[0] if len(rows) == 1 else mb.concat(values=rows, axis=-1)
 
