@@ -6,6 +6,8 @@ description.py   what a decoder is made of
 architecture.py  families -> that description
 rotary.py        tables of cosines and sines from MLX's own RoPE
 quantize.py      int8, int4 and palettes; back into floats
+compensation.py  codes whose errors make up for each other
+calibration.py   those of a whole model, found on text
 recipes.py       which tensor is stored in how many bits
 weights.py       tensors on their way into programs, shared between functions
 mil.py           coremltools, imported quietly

@@ -38,6 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
         "experimental (default: none, float16)",
     )
     parser.add_argument(
+        "--rounding",
+        default="calibrated",
+        choices=["calibrated", "nearest"],
+        help="of int8 and int4: by what layers' inputs are on text, or to the nearest, which is "
+        "quicker and worse (default: calibrated)",
+    )
+    parser.add_argument(
         "--quant-table", metavar="JSON", help="{tensor name pattern: fp16|int8|int4|palette4}"
     )
     parser.add_argument(
@@ -120,6 +127,7 @@ def _settings(args: argparse.Namespace) -> Any:
         cache_rows=args.cache_rows,
         predictor=args.predictor,
         precision=args.precision,
+        rounding=args.rounding,
         rows=args.rows,
         part_bytes=int(args.part_size * 1e9),
     )
@@ -170,7 +178,7 @@ def _check(args: argparse.Namespace) -> int:
     from .architecture import describe
     from .device import require_macos
     from .source import Source
-    from .verify import measure
+    from .verify import in_packages, measure
 
     if args.coreml:
         require_macos()
@@ -186,7 +194,10 @@ def _check(args: argparse.Namespace) -> int:
         units=content["units"],
         precision=content["precision"],
         recipe=chosen,
+        rounding=content["rounding"],
     )
+    if settings.calibrated:
+        settings = replace(settings, codes=in_packages(out, content, settings.recipe))
     report = measure(out, content, source, describe(source), settings, args.coreml)
     print(report.markdown())
     report.raise_if_failed()

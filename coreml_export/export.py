@@ -21,19 +21,20 @@ import numpy as np
 from mlx_flash.layout import PAGE
 from mlx_flash.rows import RowFileWriter
 
+from . import calibration, manifest, package, paged, predictor, readme, tokenizer
 from . import decoder as dense
-from . import manifest, package, paged, predictor, readme, tokenizer
 from .architecture import describe
 from .description import MULTIPLE, Decoder, check_context, embedding_pieces, tensors
 from .errors import ExportError
 from .mil import fresh_names
 from .recipes import Recipe, recipe, scheme_of
 from .source import Source, chat_template
-from .weights import Weights
+from .weights import Known, Weights
 
 PROFILES = ("dense", "paged")
 PART_BYTES = 1_000_000_000  # what no package's weights go above
 SLACK = 64 << 20
+CODES = "codes"  # inside OUT.partial only
 TARGETS = ("iOS18", "iOS26")
 UNITS = ("cpuAndGPU", "cpuAndNeuralEngine", "all")
 DEFAULT_CONTEXT = 512
@@ -58,6 +59,8 @@ class Settings:
         rows: type of the paged profile's rows, "fp16" or, for iOS 26, "int8".
         part_bytes: bytes of weights that a package of the decoder stays below.
         recipe: what ``quant`` and ``table`` come to; None works it out.
+        rounding: of int8 and int4: "calibrated" (see ``calibration``) or "nearest".
+        codes: what calibration has found; ``export`` works it out.
     """
 
     profiles: tuple[str, ...] = ("dense",)
@@ -72,6 +75,8 @@ class Settings:
     rows: str = "fp16"
     part_bytes: int = PART_BYTES
     recipe: Recipe | None = None
+    rounding: str = "calibrated"
+    codes: Known | None = None
 
     def __post_init__(self) -> None:
         if strange := [p for p in self.profiles if p not in PROFILES] or not self.profiles:
@@ -88,6 +93,8 @@ class Settings:
             object.__setattr__(self, "precision", chosen)
         if self.precision not in ("mixed", "fp16"):
             raise ExportError(f"precision {self.precision!r}; expected mixed or fp16")
+        if self.rounding not in ("calibrated", "nearest"):
+            raise ExportError(f"rounding {self.rounding!r}; expected calibrated or nearest")
         if self.rows not in ("fp16", "int8"):
             raise ExportError(f"rows of {self.rows!r}; expected fp16 or int8")
         if self.rows == "int8" and self.target != "iOS26":
@@ -102,6 +109,12 @@ class Settings:
                 f"int4 in blocks of 32 for {self.units}: the Neural Engine refuses it; take "
                 "--quant int8 (or palette4, experimental), or --units cpuAndGPU"
             )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether codes are found on text."""
+        few = any(scheme in ("int4", "int8") for _, scheme in self.recipe)
+        return few and self.rounding == "calibrated"
 
     @property
     def wide(self) -> bool:
@@ -145,17 +158,23 @@ def export(
         tokenizer.write(source, partial / "tokenizer")
         reads = _Progress(progress, source, settings)
         content = _describe(source, decoder, settings, partial)
+        if settings.calibrated:
+            settings = replace(
+                settings, codes=_calibrate(source, decoder, settings, partial, reads)
+            )
         if "dense" in settings.profiles:
             content["dense"] = _dense(source, decoder, settings, partial, reads)
         if choices is not None:
             content["paged"] = _paged(source, decoder, settings, partial, choices, reads)
             content["embedding"] = _embedding(source, decoder, settings, partial)
-        manifest.write(partial, content)
+        manifest.write(partial, content, CODES)
         content = manifest.read(partial)
         (partial / "README.md").write_text(readme.text(content), encoding="utf-8")
         if verify:
             verify(partial, content, source, decoder, settings)
-            manifest.write(partial, {k: v for k, v in content.items() if k != "files"})
+            content = {k: v for k, v in content.items() if k != "files"}
+            manifest.write(partial, content, CODES)
+        shutil.rmtree(partial / CODES, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
         raise ExportError(
@@ -164,6 +183,21 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _calibrate(
+    source: Source, decoder: Decoder, settings: Settings, partial: Path, reads: _Progress
+) -> Known:
+    (partial / CODES).mkdir()
+    return calibration.calibrate(
+        source,
+        decoder,
+        settings.recipe,
+        settings.wide,
+        partial / "tokenizer",
+        partial / CODES,
+        reads.of("calibration"),
+    )
 
 
 def _default_context(source: Source, decoder: Decoder) -> int:
@@ -189,7 +223,8 @@ class _Progress:
     def __init__(self, progress: Progress | None, source: Source, settings: Settings) -> None:
         self._progress = progress
         if progress:
-            progress(4 * source.parameters * len(settings.profiles), "total")
+            passes = len(settings.profiles) + settings.calibrated
+            progress(4 * source.parameters * passes, "total")
 
     def of(self, what: str) -> Callable[[int], Any] | None:
         if self._progress is None:
@@ -215,6 +250,7 @@ def _describe(source: Source, decoder: Decoder, settings: Settings, out: Path) -
         },
         "context": settings.context,
         "quantisation": settings.quant,
+        "rounding": settings.rounding,
         "precision": settings.precision,
         "recipe": [list(row) for row in settings.recipe],
         "target": settings.target,
@@ -271,7 +307,7 @@ def _dense(
     plan = _dense_plan(source, decoder, settings)
     packages = {}
     for part in plan.parts:
-        weights = Weights(source, settings.recipe, reads.of(part.name))
+        weights = Weights(source, settings.recipe, reads.of(part.name), settings.codes)
         path = out / f"{part.name}.mlpackage"
 
         def build(part: dense.Part = part, weights: Weights = weights) -> dict[str, Any]:
@@ -309,7 +345,7 @@ def _paged(
     capacity = settings.cache_rows or decoder.d_ffn // 4
     capacity = max(2 * MULTIPLE, -(-capacity // MULTIPLE) * MULTIPLE)
     path, guess = out / "paged.mlpackage", out / "predictor.mlpackage"
-    weights = Weights(source, settings.recipe, reads.of("paged"))
+    weights = Weights(source, settings.recipe, reads.of("paged"), settings.codes)
     _package(
         lambda: paged.functions(
             decoder,
@@ -324,7 +360,7 @@ def _paged(
         metadata(decoder, settings, "paged"),
         settings.target,
     )
-    guessing = Weights(source, settings.recipe, reads.of("predictor"))
+    guessing = Weights(source, settings.recipe, reads.of("predictor"), settings.codes)
     _package(
         lambda: predictor.functions(decoder, guessing, choices),
         guess,
@@ -357,7 +393,7 @@ def _rows(
     writer = RowFileWriter(path, layout, counts, "coreml_export")
     try:
         for layer in range(len(counts)):
-            weights = Weights(source, settings.recipe, reads.of("rows"))
+            weights = Weights(source, settings.recipe, reads.of("rows"), settings.codes)
             rows = paged.rows_of_layer(weights, decoder, layer)
             pieces = paged.as_int8(shape, rows) if int8 else [rows]
             block = np.zeros((len(rows), layout.stride), np.uint8)
@@ -383,7 +419,7 @@ def _rows(
 
 def _embedding(source: Source, decoder: Decoder, settings: Settings, out: Path) -> dict[str, Any]:
     """What the dense package's embedding stands for: a tied head is packed slice by slice."""
-    weights = Weights(source, settings.recipe)
+    weights = Weights(source, settings.recipe, codes=settings.codes)
     pieces = embedding_pieces(decoder, settings.wide)
     floats = [weights.packed(piece).floats().astype(np.float16) for piece in pieces]
     table = np.concatenate(floats, axis=1)
@@ -400,6 +436,7 @@ def _estimate(source: Source, decoder: Decoder, settings: Settings) -> int:
         stride = paged.row_layout(decoder, settings.rows == "int8").stride
         total += _bytes(source, settings, decoder) + stride * decoder.d_ffn * len(decoder.layers)
         total += 2 * decoder.vocab * decoder.d_embedding
+    total += source.parameters * settings.calibrated  # codes found, until the end
     return total + total // 10 + SLACK
 
 

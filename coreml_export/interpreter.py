@@ -101,6 +101,10 @@ class Function:
             return
         self._steps.append((op, [_numpy_type(var) for var in op.outputs], arguments))
 
+    def constant(self, name: str) -> Any:
+        """A constant by its name, decompressed; None if there is none."""
+        return self._constants.get(name)
+
     def new_state(self) -> State:
         """States of zeros, as ``makeState`` makes them."""
         return {name: np.zeros(shape, np.float16) for name, shape in self.states.items()}

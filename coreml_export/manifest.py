@@ -59,20 +59,21 @@ def _array(kind: Any) -> dict[str, Any]:
     return {"dtype": KINDS.get(kind.dataType, str(kind.dataType)), "shape": list(kind.shape)}
 
 
-def file_entries(out: Path) -> dict[str, dict[str, Any]]:
+def file_entries(out: Path, without: str = "") -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of every file of an export but the ones that speak of it."""
     entries = {}
     for file in sorted(out.rglob("*")):
         name = file.relative_to(out).as_posix()
-        if file.is_file() and name not in UNHASHED:
+        passing = bool(without) and name.split("/")[0] == without
+        if file.is_file() and name not in UNHASHED and not passing:
             entries[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return entries
 
 
-def write(out: Path, content: dict[str, Any]) -> None:
-    """Write the manifest, hashes of all files included."""
+def write(out: Path, content: dict[str, Any], without: str = "") -> None:
+    """Write the manifest, hashes of all files included but those of a directory on its way out."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
-    content["files"] = file_entries(out)
+    content["files"] = file_entries(out, without)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
     (out / NAME).write_text(text + "\n", encoding="utf-8")
 

@@ -87,6 +87,16 @@ class Source:
         model.load_weights(list(weights.items()), strict=True)
         return model
 
+    def prepared(self, missing: set[str]) -> Any:
+        """The mlx-lm model in float32 but for some weights, which must not be asked for."""
+        model = self._settled()
+        weights = []
+        for name in sorted(self.names - missing):
+            weights.append((name, mx.array(self.take(name))))
+            mx.eval(weights[-1][1])
+        model.load_weights(weights, strict=False)
+        return model
+
     def _settled(self) -> Any:
         """A model whose head is tied or not as the tensors say."""
         model = make_model(self.config)

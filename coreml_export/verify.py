@@ -5,6 +5,7 @@ Knows: which runs make a report. Does not know: gates (``parity``), how packages
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import mlx.core as mx
 import numpy as np
 
 from . import export, parity, predictor, tokenizer
-from .description import Decoder
+from .description import Decoder, Tensor
 from .device import DevicePackage
+from .errors import ExportError
 from .host import PagedHost
 from .interpreter import Package
 from .parity import Report
+from .recipes import Recipe, scheme_of
 from .runner import DenseRunner
 from .source import Source
+from .weights import Known, safe_name
 from .weights import stored as stored_tensors
 
 MOST = 128  # tokens that prefill is measured on
@@ -60,7 +64,7 @@ def measure(
     context = content["context"]
     tokens = tokenizer.sample(out / "tokenizer", min(MOST, context))
     tokens = [t % decoder.vocab for t in tokens]
-    kept = stored_tensors(source, decoder, settings.recipe, settings.wide)
+    kept = stored_tensors(source, decoder, settings.recipe, settings.wide, settings.codes)
     reference = logits(source.reference(), tokens)
     stored = logits(source.reference(kept), tokens)
     decoded = None
@@ -84,6 +88,51 @@ def measure(
             float16 = content["paged"]["rows"]["dtype"] == "float16"
             parity.paged(report, host, tokens, against, name, masks, exact, float16)
     return report
+
+
+class _InPackages:
+    """The matrices that an export's programs hold in few bits, decompressed."""
+
+    def __init__(self, out: Path, content: dict[str, Any], chosen: Recipe) -> None:
+        entries = [
+            e for p in ("dense", "paged") for e in content.get(p, {}).get("packages", {}).values()
+        ]
+        packages = [Package(out / entry["file"]) for entry in entries]
+        self._functions = [p.function(name) for p in packages for name in p.functions]
+        self._recipe = chosen
+
+    def packed(self, tensor: Tensor) -> _Floats | None:
+        """What a tensor stands for; None where it is float16, or in no package."""
+        name = safe_name(tensor.key)
+        for function in self._functions:
+            found = function.constant(name)
+            if found is not None and scheme_of(tensor.name, found.shape, self._recipe) != "fp16":
+                return _Floats(found)
+        return None
+
+
+@dataclass(frozen=True)
+class _Floats:
+    array: np.ndarray
+
+    def floats(self) -> np.ndarray:
+        return self.array.astype(np.float32)
+
+
+def in_packages(out: Path, content: dict[str, Any], chosen: Recipe) -> Known:
+    """The weights of an export as its own packages hold them.
+
+    Where codes were found on text, they would not come out the same on another machine.
+
+    Raises:
+        ExportError: it has the paged profile alone, whose rows are no constants.
+    """
+    if "dense" not in content:
+        raise ExportError(
+            f"{out} holds the paged profile alone, rounded by what layers' inputs were on text; "
+            "such an export is checked where it is made: export dense,paged, or --rounding nearest"
+        )
+    return _InPackages(out, content, chosen)
 
 
 def dense_runner(out: Path, content: dict[str, Any], kind: Any = Package) -> DenseRunner:

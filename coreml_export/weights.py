@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,13 @@ from .source import Source
 LARGEST = 65504.0  # of fp16
 
 
+class Known(Protocol):
+    """Tensors whose stored form is known: ``calibration.Codes``, or what a package holds."""
+
+    def packed(self, tensor: Tensor) -> Any:
+        """Something with ``floats()``; None where nothing is known."""
+
+
 class Weights:
     """The tensors of one package.
 
@@ -29,20 +36,27 @@ class Weights:
         source: where they are read.
         recipe: what they are stored as.
         progress: called with the bytes of each tensor read, as float32.
+        codes: tensors whose codes are known already.
     """
 
     def __init__(
-        self, source: Source, recipe: Recipe, progress: Callable[[int], Any] | None = None
+        self,
+        source: Source,
+        recipe: Recipe,
+        progress: Callable[[int], Any] | None = None,
+        codes: Known | None = None,
     ) -> None:
-        self.source, self.recipe, self.progress = source, recipe, progress
+        self.source, self.recipe, self.progress, self.codes = source, recipe, progress, codes
         self._packed: dict[str, Packed] = {}
 
     def packed(self, tensor: Tensor) -> Packed:
         """A tensor as it is stored."""
         if tensor.key not in self._packed:
             array = self.read(tensor)
-            scheme = scheme_of(tensor.name, array.shape, self.recipe)
-            self._packed[tensor.key] = pack(array, scheme)
+            found = self.codes.packed(tensor) if self.codes else None
+            if found is None:
+                found = pack(array, scheme_of(tensor.name, array.shape, self.recipe))
+            self._packed[tensor.key] = found
             if self.progress:
                 self.progress(array.nbytes)
         return self._packed[tensor.key]
@@ -64,7 +78,7 @@ class Weights:
 
     def matrix(self, tensor: Tensor) -> Any:
         """A tensor as a variable of the function that is being built."""
-        packed, name = self.packed(tensor), _name(tensor.key)
+        packed, name = self.packed(tensor), safe_name(tensor.key)
         if packed.scheme == "fp16":
             return self.constant(packed.data, tensor.key)
         if packed.scheme == "palette4":
@@ -95,22 +109,28 @@ class Weights:
 
     def constant(self, array: np.ndarray, key: str) -> Any:
         """A constant whose bytes are stored once, however many functions use it."""
-        var = mb.const(val=array, name=_name(key))
+        var = mb.const(val=array, name=safe_name(key))
         var.op.weight_id = key
         return var
 
 
-def _name(key: str) -> str:
+def safe_name(key: str) -> str:
+    """What a tensor of this key is called in a program."""
     return re.sub(r"\W", "_", key)
 
 
 def stored(
-    source: Source, decoder: Decoder, chosen: Recipe, wide: bool = True
+    source: Source,
+    decoder: Decoder,
+    chosen: Recipe,
+    wide: bool = True,
+    codes: Known | None = None,
 ) -> dict[str, np.ndarray]:
     """Every tensor as the packages store it, back in float32 and in the source's order.
 
     Args:
         wide: the head is stored in slices.
+        codes: tensors whose codes are known already.
     """
     matrices: dict[str, list[Tensor]] = {}
     for tensor, matrix in tensors(decoder):
@@ -127,7 +147,8 @@ def stored(
         for tensor in matrices.get(name, [Tensor(name)]):
             piece = tensor.of(array)
             scheme = scheme_of(name, piece.shape, chosen) if name in matrices else "fp16"
-            floats = pack(piece, scheme).floats()
+            known = codes.packed(tensor) if codes and name in matrices else None
+            floats = (known or pack(piece, scheme)).floats()
             rows = slice(None) if tensor.rows is None else tensor.rows
             columns = slice(*tensor.columns) if tensor.columns else None
             if columns is None:

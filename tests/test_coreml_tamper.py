@@ -11,7 +11,7 @@ from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
     constexpr_blockwise_shift_scale,
 )
 
-from coreml_export import export, kernels, manifest, parts, quantize, rotary
+from coreml_export import export, kernels, manifest, parity, parts, quantize, rotary
 from coreml_export.errors import ParityError
 from coreml_export.host import PagedHost
 from coreml_export.measures import distance
@@ -163,7 +163,8 @@ def test_what_lies_outside_a_state_is_an_error():
         )
 
 
-def test_ties_of_float16_are_told_from_errors():
+def test_ties_of_float16_are_told_from_errors_and_pass_no_gate():
     reference = np.array([[20.0, 19.99, 0.0], [20.0, 19.9, 0.0]])
     found = distance(reference[:, [1, 0, 2]], reference)
     assert found.top1 == 0 and found.top1_apart == 0.5
+    assert parity.Gate(kl=1.0, top1=0.4).fails(found)
