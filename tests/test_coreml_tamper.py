@@ -163,8 +163,10 @@ def test_what_lies_outside_a_state_is_an_error():
         )
 
 
-def test_ties_of_float16_are_told_from_errors_and_pass_no_gate():
+def test_ties_of_float16_are_told_from_errors():
     reference = np.array([[20.0, 19.99, 0.0], [20.0, 19.9, 0.0]])
     found = distance(reference[:, [1, 0, 2]], reference)
     assert found.top1 == 0 and found.top1_apart == 0.5
     assert parity.Gate(kl=1.0, top1=0.4).fails(found)
+    assert not parity.Gate(kl=1.0, top1=0.4, ties=True).fails(found)
+    assert parity.Gate(kl=1.0, top1=0.6, ties=True).fails(found)
