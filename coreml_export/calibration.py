@@ -25,6 +25,7 @@ from .quantize import Packed
 from .recipes import Recipe, scheme_of
 from .source import Source
 
+CODES = "codes"  # a directory that is gone when an export is done
 TEXTS = 16
 TOKENS = 256
 TIED = 1.0  # of the mean diagonal, for a matrix that is looked up as well as multiplied with
@@ -66,19 +67,18 @@ def calibrate(
     decoder: Decoder,
     chosen: Recipe,
     wide: bool,
-    words: Path,
-    scratch: Path,
+    out: Path,
     progress: Callable[[int], Any] | None = None,
 ) -> Codes:
     """Find the codes of every int4 and int8 matrix of a linear layer.
 
     Args:
         wide: the head is stored in slices.
-        words: directory of the tokenizer.
-        scratch: a directory for what is found.
+        out: the export being made; its tokenizer is there, and CODES will be.
         progress: called with the bytes of each tensor read, as float32.
     """
-    codes = Codes(scratch)
+    (out / CODES).mkdir()
+    codes = Codes(out / CODES)
     schemes = {}
     for tensor, matrix in tensors(decoder):
         if matrix:
@@ -115,7 +115,7 @@ def calibrate(
         elif isinstance(module, nn.Embedding) and name == head.name:
             _put(model, path, _Tied(module, name, take))
     length = min(TOKENS, decoder.limit or TOKENS)
-    texts = [tokenizer.sample(words, length, FIRST + APART * i) for i in range(TEXTS)]
+    texts = [tokenizer.sample(out / "tokenizer", length, FIRST + APART * i) for i in range(TEXTS)]
     mx.eval(model(mx.array(np.array(texts, np.int32) % decoder.vocab)))
     return codes
 

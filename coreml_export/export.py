@@ -9,7 +9,6 @@ Knows: what goes where, in which order. Does not know: MIL, how parity is measur
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +33,6 @@ from .weights import Known, Weights
 PROFILES = ("dense", "paged")
 PART_BYTES = 1_000_000_000  # what no package's weights go above
 SLACK = 64 << 20
-CODES = "codes"  # inside OUT.partial only
 TARGETS = ("iOS18", "iOS26")
 UNITS = ("cpuAndGPU", "cpuAndNeuralEngine", "all")
 DEFAULT_CONTEXT = 512
@@ -159,22 +157,24 @@ def export(
         reads = _Progress(progress, source, settings)
         content = _describe(source, decoder, settings, partial)
         if settings.calibrated:
-            settings = replace(
-                settings, codes=_calibrate(source, decoder, settings, partial, reads)
+            told = reads.of("calibration")
+            codes = calibration.calibrate(
+                source, decoder, settings.recipe, settings.wide, partial, told
             )
+            settings = replace(settings, codes=codes)
         if "dense" in settings.profiles:
             content["dense"] = _dense(source, decoder, settings, partial, reads)
         if choices is not None:
             content["paged"] = _paged(source, decoder, settings, partial, choices, reads)
             content["embedding"] = _embedding(source, decoder, settings, partial)
-        manifest.write(partial, content, CODES)
+        manifest.write(partial, content, calibration.CODES)
         content = manifest.read(partial)
         (partial / "README.md").write_text(readme.text(content), encoding="utf-8")
         if verify:
             verify(partial, content, source, decoder, settings)
             content = {k: v for k, v in content.items() if k != "files"}
-            manifest.write(partial, content, CODES)
-        shutil.rmtree(partial / CODES, ignore_errors=True)
+            manifest.write(partial, content, calibration.CODES)
+        shutil.rmtree(partial / calibration.CODES, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
         raise ExportError(
@@ -183,21 +183,6 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
-
-
-def _calibrate(
-    source: Source, decoder: Decoder, settings: Settings, partial: Path, reads: _Progress
-) -> Known:
-    (partial / CODES).mkdir()
-    return calibration.calibrate(
-        source,
-        decoder,
-        settings.recipe,
-        settings.wide,
-        partial / "tokenizer",
-        partial / CODES,
-        reads.of("calibration"),
-    )
 
 
 def _default_context(source: Source, decoder: Decoder) -> int:
@@ -448,10 +433,3 @@ def _check_disk(out: Path, needed: int) -> None:
             f"not enough disk for {out}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
             "make room, or export with fewer bits or profiles"
         )
-
-
-def write_report(out: Path, report: dict[str, Any], page: str) -> None:
-    """Put parity.json and parity.md there."""
-    text = json.dumps(report, indent=1, sort_keys=True)
-    (out / "parity.json").write_text(text + "\n", encoding="utf-8")
-    (out / "parity.md").write_text(page, encoding="utf-8")

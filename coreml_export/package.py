@@ -26,6 +26,7 @@ from .mil import TARGETS, ct
 
 SPEC = "com.apple.CoreML/model.mlmodel"
 WEIGHTS = "com.apple.CoreML/weights"
+FULL = 1 << 20  # bytes free below which a write that failed is put down to the disk
 AUTHOR = "com.apple.CoreML"
 
 
@@ -50,6 +51,10 @@ def convert(program: Any, metadata: Mapping[str, str], target: str = "iOS18") ->
                 skip_model_load=True,
             )
     except (ValueError, TypeError, RuntimeError) as error:
+        if shutil.disk_usage(tempfile.gettempdir()).free < FULL:  # the writer says "unknown error"
+            raise ExportError(
+                f"the disk of {tempfile.gettempdir()} is full; make room, or export elsewhere"
+            ) from error
         raise ExportError(f"coremltools cannot convert this for {target}: {error}") from error
     finally:
         log.setLevel(level)
@@ -68,6 +73,7 @@ def save(model: Any, path: Path) -> None:
     if weights and weights.is_dir():
         try:
             weights.rename(data / WEIGHTS)
+            (data / WEIGHTS).chmod((data / WEIGHTS).parent.stat().st_mode)  # was for us alone
         except OSError:  # another file system
             shutil.copytree(weights, data / WEIGHTS)
     (data / WEIGHTS).mkdir(exist_ok=True)

@@ -43,11 +43,9 @@ class Gate:
         problems = []
         if not found.kl <= self.kl:
             problems.append(f"KL {found.kl:.3g} above {self.kl:g}")
-        if not found.top1 >= self.top1:
-            ties = (
-                f" (ties as one: {found.top1_apart:.2%})" if found.top1_apart > found.top1 else ""
-            )
-            problems.append(f"top-1 {found.top1:.2%} below {self.top1:.1%}{ties}")
+        top1 = found.top1_apart if self.ties else found.top1
+        if not top1 >= self.top1:
+            problems.append(f"top-1 {top1:.2%} below {self.top1:.1%}")
         if not found.psnr >= self.psnr:
             problems.append(f"PSNR {found.psnr:.1f} dB below {self.psnr:g} dB")
         return problems

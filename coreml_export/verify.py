@@ -5,6 +5,7 @@ Knows: which runs make a report. Does not know: gates (``parity``), how packages
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,16 @@ def verify(
         ParityError: a gate is missed.
     """
     report = measure(out, content, source, decoder, settings, coreml)
-    export.write_report(out, report.to_json(), report.markdown())
+    write_report(out, report.to_json(), report.markdown())
     report.raise_if_failed()
     return report
+
+
+def write_report(out: Path, report: dict[str, Any], page: str) -> None:
+    """Put parity.json and parity.md there."""
+    text = json.dumps(report, indent=1, sort_keys=True)
+    (out / "parity.json").write_text(text + "\n", encoding="utf-8")
+    (out / "parity.md").write_text(page, encoding="utf-8")
 
 
 def measure(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from coreml_tools import CONTEXT, FIXTURES, checkpoint, make, measured, operations, report, settings
 
-from coreml_export import cli, export, manifest, rotary, tokenizer
+from coreml_export import calibration, cli, export, manifest, rotary, tokenizer
 from coreml_export.architecture import describe
 from coreml_export.interpreter import Package
 from coreml_export.source import Source
@@ -69,6 +69,11 @@ def test_rope_tables_are_those_of_mlx(tmp_path):
     first, second = np.array(x)[0, 0, :, :4], np.array(x)[0, 0, :, 4:8]
     np.testing.assert_allclose(expected[:, :4], first * cos - second * sin, atol=1e-5)
     np.testing.assert_allclose(expected[:, 4:8], first * sin + second * cos, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    monkeypatch.setattr(calibration, "TEXTS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +175,7 @@ def test_quantised_exports_compute_what_their_weights_say(quant, tmp_path):
     file = out / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     bits = file.stat().st_size * 8 / manifest.read(out)["architecture"]["parameters"]
     assert bits < {"int8": 9.0, "int4": 5.5, "palette4": 5.5}[quant]
-    assert not (out / export.CODES).exists()
+    assert not (out / calibration.CODES).exists()
 
 
 def test_calibrated_rounding_is_nearer_to_the_model_in_both_profiles(tmp_path, capsys):

@@ -11,7 +11,7 @@ from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
     constexpr_blockwise_shift_scale,
 )
 
-from coreml_export import export, kernels, manifest, parity, parts, quantize, rotary
+from coreml_export import export, kernels, manifest, package, parity, parts, quantize, rotary
 from coreml_export.errors import ParityError
 from coreml_export.host import PagedHost
 from coreml_export.measures import distance
@@ -120,6 +120,20 @@ def test_an_export_that_fails_leaves_nothing(model, tmp_path):
 
     with pytest.raises(ParityError):
         export.export(model, tmp_path / "out", export.Settings(context=64), refuse)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_said_to_be_full(model, tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(package.shutil, "disk_usage", lambda path: usage(100, 100, 0))
+    monkeypatch.setattr(export, "_check_disk", lambda out, needed: None)
+
+    def fails(*_, **__):
+        raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data")
+
+    monkeypatch.setattr(package.ct, "convert", fails)
+    with pytest.raises(FlashError, match="is full"):
+        make(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
