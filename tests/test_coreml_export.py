@@ -241,6 +241,21 @@ def test_a_model_directory_exports_as_its_checkpoint(tmp_path):
     assert packages[0] == packages[1]
 
 
+def test_trained_predictors_say_what_mlx_flash_says(tmp_path):
+    from mlx_flash.calibrate import calibrate
+    from mlx_flash.converter import convert
+
+    directory = convert(str(FIXTURES / "llama-relu-austen"), str(tmp_path / "dir"))
+    calibrate(directory, tokens=1024, rank=16)
+    asked = {"profiles": ("paged",), "predictor": "trained", "context": QUICK, "cache_rows": 192}
+    found = measured(directory, tmp_path / "out", **asked)
+    assert found.failed == []
+    share = found.facts["predictor masks that agree with MLX's (cache)"]
+    assert float(share.rstrip("%")) >= 99.9
+    content = manifest.read(tmp_path / "out")["paged"]
+    assert "low-rank" in content["predictors"] and not content["exact"]
+
+
 def run(*args, capsys):
     code = cli.main([str(a) for a in args])
     said = capsys.readouterr().err
