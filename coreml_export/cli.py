@@ -186,6 +186,7 @@ def _check(args: argparse.Namespace) -> int:
     content = manifest.read(out)
     manifest.verify(out, content)
     source = Source(args.model)
+    decoder = describe(source)
     chosen = [tuple(row) for row in content["recipe"]]
     settings = replace(
         _settings(args),
@@ -197,8 +198,10 @@ def _check(args: argparse.Namespace) -> int:
         rounding=content["rounding"],
     )
     if settings.calibrated:
-        settings = replace(settings, codes=in_packages(out, content, settings.recipe))
-    report = measure(out, content, source, describe(source), settings, args.coreml)
+        settings = replace(
+            settings, codes=in_packages(out, content, settings.recipe, source, decoder)
+        )
+    report = measure(out, content, source, decoder, settings, args.coreml)
     print(report.markdown())
     report.raise_if_failed()
     return 0

@@ -158,8 +158,9 @@ def export(
         content = _describe(source, decoder, settings, partial)
         if settings.calibrated:
             told = reads.of("calibration")
+            trained = any(choice.kind not in ("exact", "none") for choice in choices or [])
             codes = calibration.calibrate(
-                source, decoder, settings.recipe, settings.wide, partial, told
+                source, decoder, settings.recipe, settings.wide, partial, told, trained
             )
             settings = replace(settings, codes=codes)
         if "dense" in settings.profiles:

@@ -14,8 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from . import export, parity, predictor, tokenizer
+from .calibration import few_bits
 from .description import Decoder, Tensor
 from .device import DevicePackage
+from .equalisation import folds
 from .errors import ExportError
 from .host import PagedHost
 from .interpreter import Package
@@ -99,22 +101,30 @@ def measure(
 
 
 class _InPackages:
-    """The matrices that an export's programs hold in few bits, decompressed."""
+    """What an export's programs hold otherwise than the model.
 
-    def __init__(self, out: Path, content: dict[str, Any], chosen: Recipe) -> None:
+    Matrices in few bits, decompressed, and the weights of norms that may be scaled.
+    """
+
+    def __init__(
+        self, out: Path, content: dict[str, Any], chosen: Recipe, scaled: set[str]
+    ) -> None:
         entries = [
             e for p in ("dense", "paged") for e in content.get(p, {}).get("packages", {}).values()
         ]
         packages = [Package(out / entry["file"]) for entry in entries]
         self._functions = [p.function(name) for p in packages for name in p.functions]
-        self._recipe = chosen
+        self._recipe, self._scaled = chosen, scaled
 
     def packed(self, tensor: Tensor) -> _Floats | None:
-        """What a tensor stands for; None where it is float16, or in no package."""
+        """What a tensor stands for; None where it is the model's, or in no package."""
         name = safe_name(tensor.key)
         for function in self._functions:
             found = function.constant(name)
-            if found is not None and scheme_of(tensor.name, found.shape, self._recipe) != "fp16":
+            if found is None:
+                continue
+            few = scheme_of(tensor.name, found.shape, self._recipe) != "fp16"
+            if few or tensor.name in self._scaled:
                 return _Floats(found)
         return None
 
@@ -127,7 +137,9 @@ class _Floats:
         return self.array.astype(np.float32)
 
 
-def in_packages(out: Path, content: dict[str, Any], chosen: Recipe) -> Known:
+def in_packages(
+    out: Path, content: dict[str, Any], chosen: Recipe, source: Source, decoder: Decoder
+) -> Known:
     """The weights of an export as its own packages hold them.
 
     Where codes were found on text, they would not come out the same on another machine.
@@ -140,7 +152,9 @@ def in_packages(out: Path, content: dict[str, Any], chosen: Recipe) -> Known:
             f"{out} holds the paged profile alone, rounded by what layers' inputs were on text; "
             "such an export is checked where it is made: export dense,paged, or --rounding nearest"
         )
-    return _InPackages(out, content, chosen)
+    trained = not content.get("paged", {}).get("exact", True)
+    found = folds(decoder, few_bits(source, decoder, chosen), trained)
+    return _InPackages(out, content, chosen, {fold.giver for fold in found if fold.norm})
 
 
 def dense_runner(out: Path, content: dict[str, Any], kind: Any = Package) -> DenseRunner:

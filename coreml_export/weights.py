@@ -90,12 +90,12 @@ class Weights:
         scale = self.constant(packed.scale, f"{tensor.key}/scale")
         return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name)
 
-    def vector(self, tensor: Tensor, factor: float = 1.0) -> Any:
-        """The same for a tensor that is never packed."""
-        key = tensor.key if factor == 1.0 else f"{tensor.key}/times"
-        if key not in self._packed:
-            self._packed[key] = pack(self.read(tensor) * np.float32(factor), "fp16")
-        return self.constant(self._packed[key].data, key)
+    def vector(self, tensor: Tensor) -> Any:
+        """The same for a tensor that is never packed, though a norm's weight may be scaled."""
+        if tensor.key not in self._packed:
+            known = self.codes.packed(tensor) if self.codes else None
+            self._packed[tensor.key] = known or pack(self.read(tensor), "fp16")
+        return self.constant(self._packed[tensor.key].data, tensor.key)
 
     def table(self, key: str, make: Callable[[], np.ndarray]) -> Any:
         """A table that is computed, fp16."""
@@ -147,7 +147,7 @@ def stored(
         for tensor in matrices.get(name, [Tensor(name)]):
             piece = tensor.of(array)
             scheme = scheme_of(name, piece.shape, chosen) if name in matrices else "fp16"
-            known = codes.packed(tensor) if codes and name in matrices else None
+            known = codes.packed(tensor) if codes else None
             floats = (known or pack(piece, scheme)).floats()
             rows = slice(None) if tensor.rows is None else tensor.rows
             columns = slice(*tensor.columns) if tensor.columns else None
