@@ -64,16 +64,6 @@ def compensated(
     return found
 
 
-def left_over(moments: np.ndarray) -> np.ndarray:
-    """How much of each input's mean square the columns rounded after it cannot make up for."""
-    diagonal = np.diagonal(moments)
-    order = np.argsort(-diagonal, kind="stable")
-    extra = DAMPING * max(float(diagonal.mean()), 1e-12)
-    found = np.empty(len(moments))
-    found[order] = 1 / np.square(np.diagonal(_factor(moments[np.ix_(order, order)], extra)))
-    return found
-
-
 def _factor(moments: np.ndarray, extra: float) -> np.ndarray:
     """U, upper triangular, with U^T U the inverse of the damped moments."""
     whole = moments.astype(np.float64)

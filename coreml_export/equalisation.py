@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .compensation import left_over
 from .description import Attention, Decoder, Ffn, Linear, Norm
 from .quantize import BLOCK
 
@@ -140,7 +139,7 @@ class Finder:
         arrays = [self._held.pop(taker) for taker in fold.takers]
         kinds = {self._schemes[taker] for taker in fold.takers}
         scheme = "int4" if "int4" in kinds else "int8"
-        squares = left_over(given.T @ given / len(given))
+        squares = np.square(given).mean(axis=0)
         self.scales.put(fold, scales(np.concatenate(arrays), squares, scheme, fold.shared))
 
 
@@ -150,7 +149,7 @@ def scales(
     """What columns [out, in] are best multiplied by before they are rounded.
 
     Args:
-        squares: of the inputs' mean squares, what no other column makes up for.
+        squares: means of the inputs' squares.
 
     With s, a number of row r is off by about max_i |w_ri s_i|, over its block, and adds that times
     sqrt(squares_i) / s_i to the product. The sum of squares is made least, the largest being
