@@ -119,7 +119,7 @@ def calibrate(
     for name, _ in scales.norms():
         module = _at(model, name.removesuffix(".weight"))
         module.weight = mx.array(codes.packed(Tensor(name)).floats())
-    mx.eval(model(_texts(decoder, out, TEXTS)))
+    model(_texts(decoder, out, TEXTS))  # layers that are hooked compute when they are called
     return codes
 
 
@@ -149,7 +149,7 @@ def scaling(
 
     if finder.wanted:
         model = _hooked(source, decoder, set(schemes), take)
-        mx.eval(model(_texts(decoder, out, min(TEXTS, SCALING_TEXTS))))
+        model(_texts(decoder, out, min(TEXTS, SCALING_TEXTS)))
     return finder.scales
 
 
