@@ -25,6 +25,7 @@ OWN = {
     "opt": "opt",
     "persimmon": "persimmon",
 }
+INVENTED = ("bypass_llama",)  # which transformers has never heard of
 RUNS_AS = {"sparsellama": "llama"}  # model_type -> that of mlx-lm
 REFITTED = {"mistral": "bamboo"}  # the same as OWN, where the activation is not mlx-lm's
 

@@ -23,9 +23,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
+from transformers import PreTrainedConfig
 
 from . import embedding, expert_file, footprint, pagers
-from .architectures import get_classes
+from .architectures import INVENTED, get_classes
 from .budget import (
     Needs,
     Plan,
@@ -293,8 +294,12 @@ def load(
 def load_tokenizer(directory: ModelDirectory) -> Any:
     """mlx-lm's tokenizer of a model directory."""
     with foreign_errors(directory, "its tokenizer files or config.json"):
-        eos = utils.load_config(directory.path).get("eos_token_id")
-        return utils.load_tokenizer(directory.path, eos_token_ids=eos)
+        config = utils.load_config(directory.path)
+        # Where it does not know the model, transformers takes this, too, but warns of it.
+        own = config.get("model_type") in INVENTED
+        extra = {"config": PreTrainedConfig()} if own else None
+        eos = config.get("eos_token_id")
+        return utils.load_tokenizer(directory.path, extra, eos_token_ids=eos)
 
 
 def load_model(
