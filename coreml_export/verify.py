@@ -80,9 +80,9 @@ def measure(
     decoded = None
     if "dense" in content:
         runner = dense_runner(out, content)
-        decoded = parity.dense(report, runner, tokens, reference, stored)
+        decoded, apart = parity.dense(report, runner, tokens, reference, stored)
         if context >= 2 * parity.TOKENS:
-            parity.greedy(report, runner, tokens[: parity.TOKENS], parity.GREEDY)
+            parity.greedy(report, runner, tokens[: parity.TOKENS], apart)
         _golden(out, tokens, decoded, reference)
         if coreml:
             _on_device(report, out, content, tokens, reference, decoded)
