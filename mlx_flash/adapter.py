@@ -60,7 +60,6 @@ class Adapter:
         config: keys of config.json to set.
         base: keys of config.json and what the base model has there.
         tensors: base tensor without ``.weight`` -> part -> array.
-        card: a few words for people; may be empty.
     """
 
     path: Path
@@ -68,7 +67,6 @@ class Adapter:
     config: dict[str, Any]
     base: dict[str, Any]
     tensors: dict[str, dict[str, mx.array]]
-    card: str
 
     @classmethod
     def open(cls, source: str | Path) -> Adapter:
@@ -105,7 +103,7 @@ class Adapter:
             if part not in PARTS or not target:
                 raise ModelError(f"{path}: unknown tensor {name}; expected P.lora_a and the like")
             tensors.setdefault(target, {})[part] = array
-        adapter = cls(path, sha256_of(path), config, base, tensors, metadata.get("card", ""))
+        adapter = cls(path, sha256_of(path), config, base, tensors)
         adapter._check()
         return adapter
 

@@ -301,10 +301,10 @@ class AdaptedCheckpoint:
         self.row_scheme: Scheme | None = None
 
     def take(self, name: str) -> mx.array:
-        if name in self._adapter.added:
-            changed = self._adapter.make(name, self._float)
-        else:
+        if name in self._base.shapes:
             changed = self._adapter.apply(name, self._base.take(name))
+        else:
+            changed = self._adapter.make(name, self._float)
         mx.eval(changed)
         return changed
 

@@ -14,12 +14,13 @@ import json
 import math
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import student as students
 import torch
 from safetensors.numpy import save_file
 
-from mlx_flash.adapter import FORMAT, SAMPLES, VERSION
+from mlx_flash.adapter import FORMAT, VERSION, sample
 
 BASE_KEYS = (
     "model_type",
@@ -36,16 +37,21 @@ BASE_KEYS = (
 
 def rounded(a: torch.Tensor, b: torch.Tensor) -> dict[str, np.ndarray]:
     """int8 factors, one scale a rank."""
-    a_scale = a.abs().amax(dim=1).clamp(min=1e-12) / 127
-    b_scale = b.abs().amax(dim=0).clamp(min=1e-12) / 127
-    return {
-        "lora_a": (a / a_scale[:, None]).round().to(torch.int8).numpy(),
-        "lora_b": (b / b_scale).round().to(torch.int8).numpy(),
-        "scale": (a_scale * b_scale).float().numpy(),
-    }
+    a_codes, a_scale = by_row(a)
+    b_codes, b_scale = by_row(b.T)
+    return {"lora_a": a_codes, "lora_b": b_codes.T, "scale": a_scale * b_scale}
 
 
-def tensors(dense: torch.nn.Module, student: torch.nn.Module, activation: str) -> dict:
+def by_row(matrix: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes, and float32 scales, one a row."""
+    scale = matrix.abs().amax(dim=1).clamp(min=1e-12) / 127
+    codes = (matrix / scale[:, None]).round().to(torch.int8)
+    return codes.numpy(), scale.float().numpy()
+
+
+def tensors(
+    dense: torch.nn.Module, student: torch.nn.Module, activation: str
+) -> tuple[dict[str, np.ndarray], float | None]:
     """Tensors of the file, and the threshold of the whole model (None but for fatrelu)."""
     found: dict[str, np.ndarray] = {}
     base = dict(dense.named_parameters())
@@ -53,19 +59,16 @@ def tensors(dense: torch.nn.Module, student: torch.nn.Module, activation: str) -
         if isinstance(module, students.LoRALinear):
             parts = rounded(module.a.detach(), module.b.detach())
             if name.endswith("gate_proj"):
-                flat = module.weight.flatten()
-                step = max(1, len(flat) // SAMPLES)
-                parts["sample"] = flat[: step * SAMPLES : step].half().numpy()
+                parts["sample"] = np.array(sample(mx.array(module.weight.numpy())))
             found |= {f"{name}.{part}": array for part, array in parts.items()}
         elif type(module).__name__ == "LlamaRMSNorm":
             delta = module.weight.detach() - base[f"{name}.weight"]
             found[f"{name}.delta"] = delta.half().numpy()
     for i, ffn in enumerate(students.ffns(student)):
         if ffn.bypass is not None:
-            scale = ffn.bypass.detach().abs().amax(dim=1).clamp(min=1e-12) / 127
-            codes = (ffn.bypass.detach() / scale[:, None]).round().to(torch.int8)
-            found[f"model.layers.{i}.bypass.codes"] = codes.numpy()
-            found[f"model.layers.{i}.bypass.row_scale"] = scale.float().numpy()
+            codes, scale = by_row(ffn.bypass.detach())
+            found[f"model.layers.{i}.bypass.codes"] = codes
+            found[f"model.layers.{i}.bypass.row_scale"] = scale
     if activation != "fatrelu":
         return found, None
     thresholds = [ffn.threshold.item() for ffn in students.ffns(student)]

@@ -171,11 +171,8 @@ class Run:
         """The windows of a step: the same ones wherever the training was resumed."""
         s = self.settings
         random = np.random.default_rng([s.seed, step])
-        prose = random.random(s.batch) < s.prose_share
-        windows = [
-            (self.novels if p else self.chat)[random.integers(len(self.novels if p else self.chat))]
-            for p in prose
-        ]
+        texts = [self.novels if p else self.chat for p in random.random(s.batch) < s.prose_share]
+        windows = [windows[random.integers(len(windows))] for windows in texts]
         return torch.from_numpy(np.stack(windows)).long()
 
     def begin(self) -> None:
@@ -229,8 +226,6 @@ class Run:
             self.seconds += time.perf_counter() - started
             self.log({"event": "step", "step": self.step, "seconds": round(self.seconds, 1)} | line)
             if self.step % every == 0 or self.step == last:
-                for each in streams:
-                    each.take()
                 self.save()
                 self.log({"event": "eval"} | self.measure(self.student))
                 for each in streams:
