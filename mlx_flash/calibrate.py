@@ -13,13 +13,14 @@ flash, sections 3.1 and 4.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from .predictor_file import Predictors
 from .quality import Checked, Progress, Quality
 from .reader import RowReader
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BIASES = "biases.npz"
 
 
@@ -171,7 +172,11 @@ class _Job:
             recorder = self._record()
         with self._timed("fitting"):
             layers = self._layers(reader, recorder)
-            fitted = [self._fit(layers, i) for i in range(self.count)]
+            fitted = []
+            for i in range(self.count):
+                self.progress("fitting", i, self.count)
+                fitted.append(self._fit(layers, i, self._target()))
+                self.progress("fitting", i + 1, self.count)
         with self._timed("checking"):
             dense = {
                 name: evaluate.mean_perplexity(recorder.losses[name], self.text.parts()[name])
@@ -274,14 +279,17 @@ class _Job:
                 f"{show(needed)} would do"
             )
 
-    def _fit(self, layers: LowRankLayers | ThresholdLayers, layer: int) -> Fitted:
-        self.progress("fitting", layer, self.count)
-        if kept := spool.load_layer(self.work, layer):
-            fitted = Fitted(kept[1], kept[0])
-        else:
-            fitted = layers.fit(layer)
-            spool.save_layer(self.work, layer, fitted.figures, fitted.arrays)
-        self.progress("fitting", layer + 1, self.count)
+    def _target(self) -> float:
+        """What a layer's predictor is fitted for at first."""
+        low_rank = self.settings.kind == "low-rank"
+        return self.settings.target_recall if low_rank else self.settings.sparsity
+
+    def _fit(self, layers: LowRankLayers | ThresholdLayers, layer: int, target: float) -> Fitted:
+        name = f"{layer:03d}-{target:g}"
+        if kept := spool.load_layer(self.work, name):
+            return Fitted(kept[1], kept[0])
+        fitted = layers.fit(layer, target)
+        spool.save_layer(self.work, name, fitted.figures, fitted.arrays)
         return fitted
 
     def _check(
@@ -291,12 +299,15 @@ class _Job:
         dense: dict[str, float],
     ) -> Checked:
         """Choose thresholds by the perplexity that they cost."""
-        nbytes = sum(array.nbytes for entry in fitted for array in entry.arrays.values())
-        with self._model(nbytes) as (model, chunk):
-            quality = Quality(model, self.ffn, self.text, chunk, dense, self.progress)
-            if self.settings.kind == "low-rank":
-                return quality.tighten(layers, fitted, self.settings)
-            return quality.at_sparsity(layers, fitted, self.settings.sparsity)
+
+        def opened() -> AbstractContextManager[tuple[nn.Module, int]]:
+            return self._model(sum(a.nbytes for entry in fitted for a in entry.arrays.values()))
+
+        quality = Quality(opened, self.ffn, self.text, dense, self.progress)
+        if self.settings.kind == "low-rank":
+            refit = functools.partial(self._fit, layers)
+            return quality.tighten(layers, fitted, self.settings, refit)
+        return quality.at_sparsity(layers, fitted, self.settings.sparsity)
 
     def _write(self, fitted: list[Fitted], checked: Checked) -> dict[str, Any]:
         """The report, then the predictors."""

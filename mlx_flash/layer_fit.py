@@ -150,8 +150,8 @@ class LowRankLayers(_Layers):
         super().__init__(*args)
         self.biases = biases
 
-    def fit(self, layer: int) -> Fitted:
-        """Fit one layer at the rank asked for, or at the one that costs least."""
+    def fit(self, layer: int, target: float) -> Fitted:
+        """Fit one layer at the rank asked for, or at the one that costs least at this recall."""
         data = self.part(layer, "train")
         tokens = data.tokens
         weights = self.weights(layer)
@@ -172,17 +172,17 @@ class LowRankLayers(_Layers):
         del weights
         strength = self.strength(layer, norms)
         starts = [closed.cut(rank, self.settings.nonlinearity) for rank in ranks]
-        tried = [self._rounded(layer, start, norms, strength, False) for start in starts]
+        tried = [self._rounded(layer, start, target, strength, False) for start in starts]
         least = min(found.figures["cost"] for found in tried)
         for start, found in zip(starts, list(tried), strict=True):
             if found.figures["cost"] <= HOPELESS * least or len(ranks) == 1:
                 end = self._trained(layer, start, batches, tokens)
-                tried.append(self._rounded(layer, end, norms, strength, True))
+                tried.append(self._rounded(layer, end, target, strength, True))
         best = min(tried, key=lambda found: found.figures["cost"])
         candidates = sorted((found.figures for found in tried), key=lambda f: f["rank"])
         names = ("rank", "trained", "cost")
         figures = {name: best.figures[name] for name in names} | {"candidates": candidates}
-        return Fitted(best.arrays, figures)
+        return Fitted(best.arrays | {"norms": norms}, figures)
 
     def _trained(
         self, layer: int, start: fit.Matrices, batches: fit.Batches, tokens: int
@@ -200,15 +200,14 @@ class LowRankLayers(_Layers):
         self,
         layer: int,
         found: fit.Matrices,
-        norms: np.ndarray,
+        target: float,
         strength: np.ndarray,
         trained: bool,
     ) -> Fitted:
         """In the model's float type, which is what is stored and so what is measured."""
         arrays = {"first": found.first, "second": found.second, "bias": found.bias}
         arrays = {name: _float32(mx.array(a).astype(self.dtype)) for name, a in arrays.items()}
-        arrays["norms"] = norms
-        _, figures = self._settled(layer, arrays, self.settings.target_recall, strength)
+        _, figures = self._settled(layer, arrays, target, strength)
         memory = figures["predictor_bytes"] + figures["cache_bytes"]
         cost = figures["bytes_per_token"] + MEMORY_COST * memory
         shown = {name: figures[name] for name in SHOWN}
@@ -279,8 +278,8 @@ class ThresholdLayers(_Layers):
         self.mean_squares = mean_squares
         self.biases = biases
 
-    def fit(self, layer: int) -> Fitted:
-        """The scale of a layer's rows, and the copy of up."""
+    def fit(self, layer: int, target: float) -> Fitted:
+        """The scale of a layer's rows, and the copy of up; the same for every sparsity."""
         weights = self.weights(layer)
         norms = np.linalg.norm(weights["down"], axis=1).astype(np.float32)
         arrays = {"norms": norms, "scale": fit.scale(self.mean_squares[layer], norms)}

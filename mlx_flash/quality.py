@@ -9,6 +9,7 @@ how they were fitted. LLM in a flash, section 4, has the quality of whole tasks;
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from .predictor_file import LayerPredictor
 ROUNDS = 4
 Progress = Callable[[str, int, int], Any]
 Settled = list[tuple[LayerPredictor, dict[str, Any]]]
+Opened = Callable[[], AbstractContextManager[tuple[nn.Module, int]]]
 
 
 @dataclass
@@ -48,35 +50,27 @@ class Quality:
     """Measures one model, and chooses.
 
     Args:
-        model: loaded, exact; its FFNs are watched from now on.
+        opened: loads the model, exact, and says of how many tokens logits are computed at once.
+            It is closed while layers are fitted, which needs its memory.
         ffn: of its family.
         text: sequences.
-        chunk: tokens whose logits are computed at once.
         dense: perplexity of each part of the text.
         progress: called as (stage, done, total).
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        opened: Opened,
         ffn: Ffn,
         text: CalibrationText,
-        chunk: int,
         dense: dict[str, float],
         progress: Progress,
     ) -> None:
-        self._model, self._ffn, self._text, self._chunk = model, ffn, text, chunk
+        self._opened, self._ffn, self._text = opened, ffn, text
         self._dense, self._progress = dense, progress
-        self._masks: list[Mask | None] = []
-        evaluate.watch(model, ffn, self._masked)
-
-    def _masked(self, seen: evaluate.Seen) -> mx.array:
-        mask = self._masks[seen.layer]
-        return seen.h if mask is None else mx.where(mask(seen), seen.h, 0)
 
     def measure(self, part: str, masks: list[Mask | None]) -> float:
         """Perplexity on a part of the text with the rows that masks do not name left out."""
-        self._masks = masks
         sequences, done = self._text.parts()[part], 0
         stage = f"checking {part.replace('_', ' ')}"
         self._progress(stage, 0, sequences.size)
@@ -86,15 +80,30 @@ class Quality:
             done += tokens
             self._progress(stage, done, sequences.size)
 
-        return evaluate.perplexity(self._model, sequences, self._chunk, told)
+        def masked(seen: evaluate.Seen) -> mx.array:
+            mask = masks[seen.layer]
+            return seen.h if mask is None else mx.where(mask(seen), seen.h, 0)
+
+        with self._opened() as (model, chunk):
+            evaluate.watch(model, self._ffn, masked)
+            return evaluate.perplexity(model, sequences, chunk, told)
 
     def _predicted(self, part: str, layers: Settled) -> dict[str, float]:
         found = self.measure(part, [mask_of(layer, self._ffn) for layer, _ in layers])
         dense = self._dense[part]
         return {"dense": dense, "predicted": found, "loss": found / dense - 1}
 
-    def tighten(self, layers: LowRankLayers, fitted: list[Fitted], settings: Settings) -> Checked:
-        """While the loss is too large, halve what the worse half of the layers may miss."""
+    def tighten(
+        self,
+        layers: LowRankLayers,
+        fitted: list[Fitted],
+        settings: Settings,
+        refit: Callable[[int, float], Fitted],
+    ) -> Checked:
+        """While the loss is too large, halve what the worse half of the layers may miss.
+
+        Those are fitted again, in place: another recall may be cheapest at another rank.
+        """
         targets = [settings.target_recall] * len(fitted)
         chosen = [layers.settle(i, entry, targets[i]) for i, entry in enumerate(fitted)]
         rounds = []
@@ -105,9 +114,13 @@ class Quality:
                 break
             errors = [figures["output_error"] for _, figures in chosen]
             worse = np.argsort(errors)[::-1][: -(-len(fitted) // 2)]
-            for i in (int(i) for i in worse if errors[i] > 0):
+            again = [int(i) for i in worse if errors[i] > 0]
+            for done, i in enumerate(again):
+                self._progress("fitting", done, len(again))
                 targets[i] = 1 - (1 - targets[i]) / 2
+                fitted[i] = refit(i, targets[i])
                 chosen[i] = layers.settle(i, fitted[i], targets[i])
+                self._progress("fitting", done + 1, len(again))
         held_out = self._predicted("held_out", chosen)
         return Checked(
             chosen, {"held_out": held_out, "validation": found, "other_scores": {}}, rounds

@@ -290,19 +290,19 @@ class Part:
         return np.memmap(self._file(what), unit, "r").reshape(-1, width)
 
 
-def save_layer(path: Path, layer: int, figures: dict[str, Any], arrays: dict[str, Any]) -> None:
+def save_layer(path: Path, name: str, figures: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Keep a fitted layer: figures as JSON, arrays as float32; whole or not there."""
-    temporary = path / f"fitted-{layer:03d}.writing"
+    temporary = path / f"fitted-{name}.writing"
     with open(temporary, "wb") as f:
         np.savez(f, figures=np.array(json.dumps(figures)), **arrays)
         f.flush()
         os.fsync(f.fileno())
-    temporary.replace(path / f"fitted-{layer:03d}.npz")
+    temporary.replace(path / f"fitted-{name}.npz")
 
 
-def load_layer(path: Path, layer: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def load_layer(path: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """What ``save_layer`` kept, or None."""
-    file = path / f"fitted-{layer:03d}.npz"
+    file = path / f"fitted-{name}.npz"
     if not file.is_file():
         return None
     with np.load(file) as saved:

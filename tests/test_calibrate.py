@@ -164,11 +164,11 @@ def test_interrupted_it_goes_on_and_ends_the_same(opt, opt_report, tmp_path, mon
 def test_other_settings_or_a_lost_file_begin_anew(opt, tmp_path):
     path = tmp_path / "model.calibrating"
     with spool.working_directory(path, "one"):
-        spool.save_layer(path, 0, {"a": 1}, {"b": np.ones(2)})
+        spool.save_layer(path, "000-0.95", {"a": 1}, {"b": np.ones(2)})
     with spool.working_directory(path, "one"):
-        assert spool.load_layer(path, 0)[0] == {"a": 1}
+        assert spool.load_layer(path, "000-0.95")[0] == {"a": 1}
     with spool.working_directory(path, "two"):
-        assert spool.load_layer(path, 0) is None
+        assert spool.load_layer(path, "000-0.95") is None
     assert not path.exists()  # nothing was done
 
 
@@ -292,7 +292,7 @@ def test_a_budget_is_kept_and_streaming_gives_the_same(opt, opt_report, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_model", streamed)
         found = calibrate(model, **QUICK, ram=ram)
-    assert [other["predictor"] for _, other in calls] == ["none", "none"]
+    assert [other["predictor"] for _, other in calls] == ["none"] * 3
     assert calls[1][0] < calls[0][0] <= ram - evaluate.logits_bytes(ModelDirectory(opt))
     assert found["perplexity"]["held_out"]["dense"] == pytest.approx(
         opt_report["perplexity"]["held_out"]["dense"], rel=2e-3
@@ -380,6 +380,20 @@ def test_recalls_are_raised_until_the_perplexity_holds(opt, opt_report, tmp_path
     assert losses[-1] < losses[0]
     assert targets == sorted(targets)
     assert found["total"]["recall"] > 0.3 + 0.1
+
+
+def test_layers_whose_recall_is_raised_are_fitted_for_it(opt, opt_report, tmp_path):
+    """What is cheapest at a recall of 0.3 may name most of the rows at a higher one."""
+    model = tmp_path / "flash"
+    subprocess.run(["cp", "-r", opt, model], check=True)
+    found = calibrate(model, tokens=1024, target_recall=0.3, max_loss=0.02)
+    targets = found["rounds"][-1]["targets"]
+    assert max(targets) > 0.3
+    for layer, target in zip(found["layers"], targets, strict=True):
+        assert min(one["recall"] for one in layer["candidates"]) >= target - 1e-3
+        best = min(layer["candidates"], key=lambda one: one["cost"])
+        assert best["rank"] == layer["rank"]
+        assert best["bytes_per_token"] == layer["bytes_per_token"]
 
 
 def test_rank_is_chosen_by_cost(opt, opt_report, tmp_path):
