@@ -24,7 +24,7 @@ from .families import Ffn
 from .layer_fit import Fitted, LowRankLayers, Mask, ThresholdLayers, mask_of
 from .predictor_file import LayerPredictor
 
-ROUNDS = 4
+ROUNDS = 6
 Progress = Callable[[str, int, int], Any]
 Settled = list[tuple[LayerPredictor, dict[str, Any]]]
 Opened = Callable[[], AbstractContextManager[tuple[nn.Module, int]]]
