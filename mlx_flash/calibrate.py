@@ -148,6 +148,13 @@ def _reader(directory: ModelDirectory, ram: int | None) -> Iterator[RowReader]:
             mx.set_cache_limit(limit)
 
 
+def _release() -> None:
+    """Give back what a closed model held: its FFNs know each other, so only a collection does."""
+    gc.collect()
+    mx.clear_cache()
+    footprint.trim()
+
+
 class _Job:
     """One calibration."""
 
@@ -211,8 +218,7 @@ class _Job:
         finally:
             model.flash.close()
             del model
-            gc.collect()
-            mx.clear_cache()
+            _release()
 
     def _record(self) -> spool.Recorder:
         """Run the model over the text, and write what its FFNs do."""
@@ -271,8 +277,10 @@ class _Job:
         """Raise BudgetError where fitting the widest layer would not fit."""
         if self.ram is None:
             return
+        _release()
         rows = max(layer.rows for layer in self.directory.rows.layers)
         needed = footprint.current() + layers.fit_bytes(rows, self.text.validation.size)
+        needed += self.count * layers.held_bytes(rows)
         if needed > self.ram:
             raise BudgetError(
                 f"RAM budget {show(self.ram)} is too small to fit predictors of {rows} rows; "
@@ -285,9 +293,10 @@ class _Job:
         return self.settings.target_recall if low_rank else self.settings.sparsity
 
     def _fit(self, layers: LowRankLayers | ThresholdLayers, layer: int, target: float) -> Fitted:
-        name = f"{layer:03d}-{target:g}"
+        name = f"{layer:03d}-{target!r}"
         if kept := spool.load_layer(self.work, name):
             return Fitted(kept[1], kept[0])
+        _release()
         fitted = layers.fit(layer, target)
         spool.save_layer(self.work, name, fitted.figures, fitted.arrays)
         return fitted
@@ -298,16 +307,16 @@ class _Job:
         fitted: list[Fitted],
         dense: dict[str, float],
     ) -> Checked:
-        """Choose thresholds by the perplexity that they cost."""
+        """Choose thresholds, and ranks, by the perplexity that they cost."""
 
         def opened() -> AbstractContextManager[tuple[nn.Module, int]]:
             return self._model(sum(a.nbytes for entry in fitted for a in entry.arrays.values()))
 
-        quality = Quality(opened, self.ffn, self.text, dense, self.progress)
-        if self.settings.kind == "low-rank":
-            refit = functools.partial(self._fit, layers)
-            return quality.tighten(layers, fitted, self.settings, refit)
-        return quality.at_sparsity(layers, fitted, self.settings.sparsity)
+        with Quality(opened, self.ffn, self.text, dense, self.progress) as quality:
+            if self.settings.kind == "low-rank":
+                refit = functools.partial(self._fit, layers)
+                return quality.tighten(layers, fitted, self.settings, refit)
+            return quality.at_sparsity(layers, fitted, self.settings.sparsity)
 
     def _write(self, fitted: list[Fitted], checked: Checked) -> dict[str, Any]:
         """The report, then the predictors."""

@@ -245,6 +245,12 @@ class LowRankLayers(_Layers):
         parts = (self.d_model / n for n in (32, 16, 8, 4, 2))
         return sorted({min(self.d_model, max(8, 8 * round(part / 8))) for part in parts})
 
+    def held_bytes(self, rows: int) -> int:
+        """Memory of a fitted layer of middling rank, in float32 and in the model's type."""
+        ranks = self.ranks()
+        middle = ranks[len(ranks) // 2]
+        return middle * (self.d_model + rows) * (4 + self.dtype.size)
+
     def fit_bytes(self, rows: int, validation: int) -> int:
         """Memory that fitting a layer takes, from above."""
         weights = 4 * len(self.layout.parts) * rows * self.d_model * 4
@@ -339,6 +345,10 @@ class ThresholdLayers(_Layers):
         least, lengths = fit.quantile(self.strength(layer, norms), sparsity), mx.array(norms)
         masks["product"] = lambda seen: mx.abs(seen.h.astype(mx.float32)) * lengths > least
         return masks
+
+    def held_bytes(self, rows: int) -> int:
+        """Memory of a fitted layer, in float32 and in the model's type, from above."""
+        return self.rank() * (self.d_model + rows) * (4 + self.dtype.size) + 8 * rows
 
     def fit_bytes(self, rows: int, validation: int) -> int:
         """Memory that fitting a layer takes, from above."""

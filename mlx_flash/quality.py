@@ -2,14 +2,15 @@
 
 The validation text decides, so that what is reported of the held-out text was chosen without it.
 
-Knows: a loaded model whose FFNs are watched, layers that can be settled at a target. Does not know:
-how they were fitted. LLM in a flash, section 4, has the quality of whole tasks; this is in small.
+Knows: a model that can be opened, whose FFNs are watched, layers that can be settled at a target
+and fitted anew. Does not know: how they are fitted. LLM in a flash, section 4, has the quality of
+whole tasks; this is in small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,29 @@ class Quality:
     ) -> None:
         self._opened, self._ffn, self._text = opened, ffn, text
         self._dense, self._progress = dense, progress
+        self._masks: list[Mask | None] = []
+        self._stack = ExitStack()
+        self._now: tuple[nn.Module, int] | None = None
+
+    def __enter__(self) -> Quality:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._now, self._masks = None, []
+        self._stack.close()
+
+    def _open(self) -> tuple[nn.Module, int]:
+        if self._now is None:
+            self._now = self._stack.enter_context(self._opened())
+            evaluate.watch(self._now[0], self._ffn, self._masked)
+        return self._now
+
+    def _masked(self, seen: evaluate.Seen) -> mx.array:
+        mask = self._masks[seen.layer]
+        return seen.h if mask is None else mx.where(mask(seen), seen.h, 0)
 
     def measure(self, part: str, masks: list[Mask | None]) -> float:
         """Perplexity on a part of the text with the rows that masks do not name left out."""
@@ -80,13 +104,9 @@ class Quality:
             done += tokens
             self._progress(stage, done, sequences.size)
 
-        def masked(seen: evaluate.Seen) -> mx.array:
-            mask = masks[seen.layer]
-            return seen.h if mask is None else mx.where(mask(seen), seen.h, 0)
-
-        with self._opened() as (model, chunk):
-            evaluate.watch(model, self._ffn, masked)
-            return evaluate.perplexity(model, sequences, chunk, told)
+        model, chunk = self._open()
+        self._masks = masks
+        return evaluate.perplexity(model, sequences, chunk, told)
 
     def _predicted(self, part: str, layers: Settled) -> dict[str, float]:
         found = self.measure(part, [mask_of(layer, self._ffn) for layer, _ in layers])
@@ -102,7 +122,8 @@ class Quality:
     ) -> Checked:
         """While the loss is too large, halve what the worse half of the layers may miss.
 
-        Those are fitted again, in place: another recall may be cheapest at another rank.
+        Those are fitted again, in place, where there are ranks to choose from: what was cheapest at
+        one recall may name most of the rows at another.
         """
         targets = [settings.target_recall] * len(fitted)
         chosen = [layers.settle(i, entry, targets[i]) for i, entry in enumerate(fitted)]
@@ -115,10 +136,16 @@ class Quality:
             errors = [figures["output_error"] for _, figures in chosen]
             worse = np.argsort(errors)[::-1][: -(-len(fitted) // 2)]
             again = [int(i) for i in worse if errors[i] > 0]
+            if not again:
+                break
+            many = len(layers.ranks()) > 1
+            if many:
+                self._close()
             for done, i in enumerate(again):
                 self._progress("fitting", done, len(again))
                 targets[i] = 1 - (1 - targets[i]) / 2
-                fitted[i] = refit(i, targets[i])
+                if many:
+                    fitted[i] = refit(i, targets[i])
                 chosen[i] = layers.settle(i, fitted[i], targets[i])
                 self._progress("fitting", done + 1, len(again))
         held_out = self._predicted("held_out", chosen)

@@ -166,7 +166,7 @@ def _orders(
     found = []
     for i, layer in enumerate(layers):
         progress("ordering", i, len(layers))
-        kept = spool.load_layer(work, i)
+        kept = spool.load_layer(work, f"{i:03d}")
         order = kept[1]["order"] if kept else None
         if order is None or not row_order.is_order(order, layer.rows):
             trained = selection.file.layers[i] if selection.file else None
@@ -175,7 +175,7 @@ def _orders(
             else:
                 active = row_demand.recorded(directory, work, i, "train")
                 order = row_order.by_coactivation(active)
-            spool.save_layer(work, i, {}, {"order": order})
+            spool.save_layer(work, f"{i:03d}", {}, {"order": order})
         found.append(order)
     progress("ordering", len(layers), len(layers))
     return found

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,11 +24,17 @@ from mlx_flash.calibrate import calibrate
 from mlx_flash.converter import convert
 from mlx_flash.directory import ModelDirectory
 from mlx_flash.errors import BudgetError, CalibrationError
+from mlx_flash.layer_fit import LowRankLayers
 from mlx_flash.loader import load_model
 from mlx_flash.predictor_file import NAME, read
 
 FIXTURES = Path(__file__).parent / "fixtures"
 QUICK = {"tokens": 1024, "rank": 64}
+RAISED = {
+    "tokens": 1024,
+    "target_recall": 0.3,
+    "max_loss": 0.02,
+}  # recalls are raised until it holds
 WORDS = "the brown fox and the other hound ran over the hill in the morning. "
 
 
@@ -50,6 +57,28 @@ def opt(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opt_report(opt):
     return calibrate(opt, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def opt_raised(opt, tmp_path_factory):
+    """Directory, report, and FFNs of opened models that were left whenever a layer was fitted."""
+    model = tmp_path_factory.mktemp("raised") / "flash"
+    subprocess.run(["cp", "-r", opt, model], check=True)
+    alive, left = [], []
+    watch, fitted = evaluate.watch, LowRankLayers.fit
+
+    def watched(loaded, *args):
+        alive.extend(weakref.ref(mlp) for _, mlp in loaded.flash.pager.found)
+        watch(loaded, *args)
+
+    def counted(self, *args):
+        left.append(sum(ref() is not None for ref in alive))
+        return fitted(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "watch", watched)
+        patch.setattr(LowRankLayers, "fit", counted)
+        return model, calibrate(model, **RAISED), left
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +188,32 @@ def test_interrupted_it_goes_on_and_ends_the_same(opt, opt_report, tmp_path, mon
     if stage == "fitting":
         assert first["recording"] == 2048
     assert not state_of(model).exists()
+
+
+def test_interrupted_in_a_second_fit_it_ends_the_same(opt, opt_raised, tmp_path):
+    model = tmp_path / "flash"
+    subprocess.run(["cp", "-r", opt, model], check=True)
+    (model / NAME).unlink(missing_ok=True)
+    checked = False
+
+    def strike(now, done, total):
+        nonlocal checked
+        checked = checked or now.startswith("checking")
+        if checked and now == "fitting" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, **RAISED, progress=strike)
+    assert not (model / NAME).exists()
+    calibrate(model, **RAISED)
+    assert (model / NAME).read_bytes() == (opt_raised[0] / NAME).read_bytes()
+
+
+def test_a_model_is_gone_while_layers_are_fitted_again(opt_raised):
+    """Else the budget would hold the model and what fitting takes."""
+    left = opt_raised[2]
+    assert len(left) > 4
+    assert not any(left)
 
 
 def test_other_settings_or_a_lost_file_begin_anew(opt, tmp_path):
@@ -292,7 +347,7 @@ def test_a_budget_is_kept_and_streaming_gives_the_same(opt, opt_report, tmp_path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_model", streamed)
         found = calibrate(model, **QUICK, ram=ram)
-    assert [other["predictor"] for _, other in calls] == ["none"] * 3
+    assert [other["predictor"] for _, other in calls] == ["none", "none"]
     assert calls[1][0] < calls[0][0] <= ram - evaluate.logits_bytes(ModelDirectory(opt))
     assert found["perplexity"]["held_out"]["dense"] == pytest.approx(
         opt_report["perplexity"]["held_out"]["dense"], rel=2e-3
@@ -382,11 +437,9 @@ def test_recalls_are_raised_until_the_perplexity_holds(opt, opt_report, tmp_path
     assert found["total"]["recall"] > 0.3 + 0.1
 
 
-def test_layers_whose_recall_is_raised_are_fitted_for_it(opt, opt_report, tmp_path):
+def test_layers_whose_recall_is_raised_are_fitted_for_it(opt_raised):
     """What is cheapest at a recall of 0.3 may name most of the rows at a higher one."""
-    model = tmp_path / "flash"
-    subprocess.run(["cp", "-r", opt, model], check=True)
-    found = calibrate(model, tokens=1024, target_recall=0.3, max_loss=0.02)
+    found = opt_raised[1]
     targets = found["rounds"][-1]["targets"]
     assert max(targets) > 0.3
     for layer, target in zip(found["layers"], targets, strict=True):
