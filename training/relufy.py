@@ -49,6 +49,8 @@ class Settings:
             regression.
         bypass_rate: learning rate of the bypass over that of the rest.
         hidden: weight of the residual stream's error beside the KL.
+        penalty: the largest weight that the penalty on activations may get (relu, drelu), for the
+            log of each layer's mean.
     """
 
     activation: str = "fatrelu"
@@ -62,6 +64,7 @@ class Settings:
     bypass: bool = True
     bypass_rate: float = 0.15
     hidden: float = 3.0
+    penalty: float = 0.03
     kl_share: float = 0.5
     zeros: float = 0.745
     first_zeros: float = 0.72
@@ -79,11 +82,13 @@ class Settings:
 class Push:
     """What makes zeros: thresholds that grow, or a penalty whose weight is steered.
 
-    Steered by the mean over layers, smoothed: layers differ in how sparse they like to be.
+    Steered by the mean over layers, smoothed: layers differ in how sparse they like to be. Zeros
+    follow a penalty only after tens of steps; one that rises faster or higher than this has broken
+    the model by then (SmolLM2 with ReLU: KL 0.2 -> 5 within 15 steps, zeros from 63 to 94 %).
     """
 
-    GROWTH, STEERING, SMOOTH = 0.5, 3.0, 0.9
-    LEAST, MOST = 1e-5, 10.0
+    GROWTH, STEERING, SMOOTH = 0.5, 1.0, 0.9
+    LEAST = 1e-5
 
     def __init__(self, settings: Settings, model: torch.nn.Module) -> None:
         self.settings, self.ffns = settings, students.ffns(model)
@@ -106,11 +111,13 @@ class Push:
         self.mean = now if self.mean is None else self.SMOOTH * self.mean + (1 - self.SMOOTH) * now
         lacking = self.target(step) - self.mean
         if self.settings.activation == "fatrelu":
+            # Slower where the weights are slower, else the last thresholds are ones untrained for.
+            growth = self.GROWTH * schedule(self.settings, step)
             for ffn in self.ffns:
-                ffn.threshold.mul_(math.exp(self.GROWTH * lacking))
+                ffn.threshold.mul_(math.exp(growth * lacking))
         else:
             weight = self.weight * math.exp(self.STEERING * lacking)
-            self.weight = min(max(weight, self.LEAST), self.MOST)
+            self.weight = min(max(weight, self.LEAST), self.settings.penalty)
         return now
 
 
