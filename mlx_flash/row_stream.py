@@ -25,14 +25,16 @@ from .reader import RowReader
 from .slots import SlotMemory, slot_bytes
 
 CHUNK_BYTES = 64 << 20  # of each of the two buffers, at most
-CHUNK_SHARE = 4  # and one row in so many
+CHUNK_SHARE = 4  # and one row in so many, unless
+LEAST_BYTES = 16 << 20  # hold more: of rows in one piece the sum is the dense model's to the bit
 TRIAL = 16  # tokens after which it shows whether foretelling pays
 LEAST_RIGHT = 0.7  # of the foretold rows
 
 
 def chunk_rows(stride: int, rows: int) -> int:
     """How many rows a buffer holds."""
-    return max(1, min(-(-rows // CHUNK_SHARE), CHUNK_BYTES // stride))
+    share = max(-(-rows // CHUNK_SHARE), LEAST_BYTES // stride)
+    return max(1, min(rows, share, CHUNK_BYTES // stride))
 
 
 @dataclass

@@ -163,6 +163,22 @@ def test_a_long_prompt_is_streamed_in_pieces(trained, monkeypatch):
     assert spent.bytes_read <= rows * directory.rows.layout.stride
 
 
+@pytest.mark.parametrize("length", [24, 100])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama-relu-austen", "opt-austen"])
+def test_a_prompt_in_one_piece_is_the_dense_one_to_the_bit(
+    trained, monkeypatch, name, dtype, length
+):
+    """Layers that fit a buffer are not cut, whatever share of their rows a prompt wants."""
+    monkeypatch.setattr(row_stream, "LEAST_BYTES", 16 << 20)
+    directory = ModelDirectory(trained(name, dtype))
+    tokens = np.random.default_rng(2).integers(3, 1000, length).tolist()
+    model = load_model(directory, cache_share=SHARE)
+    assert model.layers[0].mlp._stream.capacity(0) == directory.rows.layers[0].rows
+    expected = logits(load_model(directory, use_flash=False), tokens, length)
+    assert difference(logits(model, tokens, length), expected) == 0
+
+
 def test_no_row_fires(trained, monkeypatch):
     directory = ModelDirectory(trained("opt-austen", "float32"))
     model = load_model(directory, cache_share=SHARE)

@@ -318,15 +318,17 @@ def curves(path: Path, out: Path) -> None:
     steps, evals, dense = _history(path)
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     smooth = np.convolve([s["kl"] for s in steps], np.ones(25) / 25, "valid")
-    axes[0].plot([s["tokens"] for s in steps][24:], smooth)
-    axes[0].set(title="KL on training text, mean of 25 steps", xlabel="tokens", yscale="log")
+    axes[0].plot([s["tokens"] / 1000 for s in steps][24:], smooth)
+    axes[0].set(
+        title="KL on training text, mean of 25 steps", xlabel="thousand tokens", yscale="log"
+    )
     smooth = np.convolve([s["zeros"] for s in steps], np.ones(25) / 25, "valid")
-    axes[1].plot([s["tokens"] for s in steps][24:], smooth)
-    axes[1].set(title="zeros, mean over layers", xlabel="tokens")
+    axes[1].plot([s["tokens"] / 1000 for s in steps][24:], smooth)
+    axes[1].set(title="zeros, mean over layers", xlabel="thousand tokens")
     for name in ("prose", "chat"):
         ratio = [e[name] / dense[name] for e in evals]
-        axes[2].plot([e["tokens"] for e in evals], ratio, "o-", label=f"held-out {name}")
-    axes[2].set(title="perplexity over the dense model's", xlabel="tokens", ylim=(1, 1.6))
+        axes[2].plot([e["tokens"] / 1000 for e in evals], ratio, "o-", label=f"held-out {name}")
+    axes[2].set(title="perplexity over the dense model's", xlabel="thousand tokens", ylim=(1, 1.6))
     axes[2].legend()
     figure.savefig(out, dpi=110)
 
@@ -394,7 +396,7 @@ def main() -> None:
     run.begin()
     card = (
         f"SmolLM2-135M-Instruct with {settings.activation} in its FFN, "
-        f"{run.step * settings.batch * text.WINDOW} tokens of distillation on a CPU"
+        f"{_history(path)[0][-1]['tokens']} tokens of distillation"
     )
     adapter_file.write(args.out, run.dense, run.student, settings.activation, card)
 
