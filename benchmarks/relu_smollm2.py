@@ -10,8 +10,8 @@
 Held-out texts: every tenth window of Persuasion, and 48 windows of chats sampled from the dense
 model on topics that no training text has (training/held-out-chat.npy). Says nothing about speed.
 
-On a Linux CPU with LD_PRELOAD=libopenblas.so.0 it takes a tenth of the time; but not for ``tokens``:
-OpenBLAS sums up some rows in another order than all of them, and thresholds make much of the last bit.
+On a Linux CPU with LD_PRELOAD=libopenblas.so.0 it takes a tenth of the time. Not for ``tokens``:
+OpenBLAS sums up some rows in another order than all, and thresholds make much of the last bit.
 """
 
 from __future__ import annotations
