@@ -36,7 +36,7 @@ def smollm2() -> Path:
 
 def relu_smollm2() -> Path:
     """The same with the adapter that gives its FFN zeros (docs/relu_smollm2.md)."""
-    # In bfloat16 prompts round differently, dense and paged, and texts part where logits are close.
+    # float32, as the figures of its card are.
     return _converted(RELU_SMOLLM2, "--dtype", "float32", "--adapter", "relu-smollm2")
 
 

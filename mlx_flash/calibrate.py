@@ -275,9 +275,9 @@ class _Job:
 
     def _check_budget(self, layers: LowRankLayers | ThresholdLayers) -> None:
         """Raise BudgetError where fitting the widest layer would not fit."""
+        _release()
         if self.ram is None:
             return
-        _release()
         rows = max(layer.rows for layer in self.directory.rows.layers)
         needed = footprint.current() + layers.fit_bytes(rows, self.text.validation.size)
         needed += self.count * layers.held_bytes(rows)
@@ -296,7 +296,6 @@ class _Job:
         name = f"{layer:03d}-{target!r}"
         if kept := spool.load_layer(self.work, name):
             return Fitted(kept[1], kept[0])
-        _release()
         fitted = layers.fit(layer, target)
         spool.save_layer(self.work, name, fitted.figures, fitted.arrays)
         return fitted
