@@ -139,7 +139,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.context is not None and args.context < 1:
         raise UsageError(f"--context is at least 64 tokens, got {args.context}")
     settings = _settings(args)
-    from .device import require_macos
+    from coreml_export.verification.coreml_device import require_macos
 
     if args.coreml:
         require_macos()
@@ -150,7 +150,7 @@ def _export(args: argparse.Namespace) -> int:
     reports: list[Any] = []
 
     def run(*given: Any) -> None:
-        from .verify import verify
+        from coreml_export.verification.verify import verify
 
         bar.set_postfix_str("parity")
         reports.append(verify(*given, coreml=args.coreml))
@@ -174,11 +174,12 @@ def _export(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from . import manifest
-    from .architecture import describe
-    from .device import require_macos
-    from .source import Source
-    from .verify import in_packages, measure
+    from coreml_export.source.families import describe
+    from coreml_export.source.weights_source import Source
+    from coreml_export.verification.coreml_device import require_macos
+    from coreml_export.verification.verify import in_packages, measure
+
+    from .bundle import manifest
 
     if args.coreml:
         require_macos()

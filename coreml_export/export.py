@@ -17,18 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.layout import PAGE
-from mlx_flash.rows import RowFileWriter
+from coreml_export.program.coremltools_compat import fresh_names
+from coreml_export.program.weights import Known, Weights
+from coreml_export.quantization.recipes import Recipe, recipe, scheme_of
+from coreml_export.source.decoder_spec import (
+    MULTIPLE,
+    Decoder,
+    check_context,
+    embedding_pieces,
+    tensors,
+)
+from coreml_export.source.families import describe
+from coreml_export.source.weights_source import Source, chat_template
+from mlx_flash.storage.row_layout import PAGE
+from mlx_flash.storage.row_writer import RowFileWriter
 
-from . import calibration, manifest, package, paged, predictor, readme, tokenizer
-from . import decoder as dense
-from .architecture import describe
-from .description import MULTIPLE, Decoder, check_context, embedding_pieces, tensors
+from .bundle import manifest, mlpackage, readme
 from .errors import ExportError
-from .mil import fresh_names
-from .recipes import Recipe, recipe, scheme_of
-from .source import Source, chat_template
-from .weights import Known, Weights
+from .program import dense, paged, predictors
+from .quantization import calibrate
+from .source import tokenizer
 
 PROFILES = ("dense", "paged")
 PART_BYTES = 1_000_000_000  # what no package's weights go above
@@ -68,7 +76,7 @@ class Settings:
     target: str = "iOS18"
     units: str = "cpuAndGPU"
     cache_rows: int | None = None
-    predictor: str = "auto"
+    predictors: str = "auto"
     precision: str | None = None
     rows: str = "fp16"
     part_bytes: int = PART_BYTES
@@ -149,7 +157,7 @@ def export(
     partial = out.with_name(out.name + ".partial")
     choices = None
     if "paged" in settings.profiles:
-        choices = predictor.choose(source, decoder, settings.predictor)
+        choices = predictors.choose(source, decoder, settings.predictor)
     _check_disk(out, _estimate(source, decoder, settings))
     _make(partial)
     try:
@@ -159,7 +167,7 @@ def export(
         if settings.calibrated:
             told = reads.of("calibration")
             trained = any(choice.kind not in ("exact", "none") for choice in choices or [])
-            codes = calibration.calibrate(
+            codes = calibrate.calibrate(
                 source, decoder, settings.recipe, settings.wide, partial, told, trained
             )
             settings = replace(settings, codes=codes)
@@ -168,14 +176,14 @@ def export(
         if choices is not None:
             content["paged"] = _paged(source, decoder, settings, partial, choices, reads)
             content["embedding"] = _embedding(source, decoder, settings, partial)
-        manifest.write(partial, content, calibration.CODES)
+        manifest.write(partial, content, calibrate.CODES)
         content = manifest.read(partial)
         (partial / "README.md").write_text(readme.text(content), encoding="utf-8")
         if verify:
             verify(partial, content, source, decoder, settings)
             content = {k: v for k, v in content.items() if k != "files"}
-            manifest.write(partial, content, calibration.CODES)
-        shutil.rmtree(partial / calibration.CODES, ignore_errors=True)
+            manifest.write(partial, content, calibrate.CODES)
+        shutil.rmtree(partial / calibrate.CODES, ignore_errors=True)
         partial.rename(out)
     except OSError as error:
         raise ExportError(
@@ -315,7 +323,7 @@ def _package(
 ) -> None:
     with fresh_names():
         program = dense.program(functions())
-        package.build(program, path, about, target)
+        mlpackage.build(program, path, about, target)
     del program
     gc.collect()  # programs are full of cycles, and hold a package's weights
 
@@ -325,7 +333,7 @@ def _paged(
     decoder: Decoder,
     settings: Settings,
     out: Path,
-    choices: list[predictor.Choice],
+    choices: list[predictors.Choice],
     reads: _Progress,
 ) -> dict[str, Any]:
     capacity = settings.cache_rows or decoder.d_ffn // 4
@@ -348,7 +356,7 @@ def _paged(
     )
     guessing = Weights(source, settings.recipe, reads.of("predictor"), settings.codes)
     _package(
-        lambda: predictor.functions(decoder, guessing, choices),
+        lambda: predictors.functions(decoder, guessing, choices),
         guess,
         metadata(decoder, settings, "predictor"),
         settings.target,

@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 from models import OUT, gguf
 
-from coreml_export import manifest, tokenizer
+from coreml_export.bundle import manifest
 from coreml_export.export import Settings, export
-from coreml_export.source import Source
-from coreml_export.verify import dense_runner, verify
+from coreml_export.source import tokenizer
+from coreml_export.source.weights_source import Source
+from coreml_export.verification.verify import dense_runner, verify
 
 PROMPT = "The lighthouse keeper climbed the stairs, lit the lamp and looked out over the sea."
 TOKENS = 32

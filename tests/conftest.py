@@ -1,8 +1,11 @@
 """Options of the test run, and what all tests share."""
 
+import functools
+
 import pytest
 
-from mlx_flash import row_stream
+from mlx_flash.paging import row_stream
+from mlx_flash.storage.reader import RowReader
 
 
 def pytest_addoption(parser):
@@ -19,3 +22,10 @@ def small_buffers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_stream, "LEAST_BYTES", 0)
         yield
+
+
+@pytest.fixture
+def page_cache(monkeypatch):
+    """Reads through the page cache: what is read is the same, and hundreds of runs are quicker."""
+    reader = functools.partial(RowReader, direct=False, threads=2)
+    monkeypatch.setattr("mlx_flash.runtime.load.RowReader", reader)

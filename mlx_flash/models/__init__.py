@@ -1,5 +1,7 @@
-"""Decoders that mlx-lm lacks or computes wrongly, in its file contract.
+"""Which model families there are, and where in their modules the FFN is.
 
-A module named after a Hugging Face ``model_type`` has ``ModelArgs`` and ``Model``, as those of
-``mlx_lm.models``; ``architectures`` finds it. ``refit`` changes the activation of a model.
+Read ``families`` first, then ``mixtures`` and ``registry``. Decoders that mlx-lm lacks are in
+``decoders``.
+
+Knows: mlx-lm's modules. Does not know: files, paging, budgets.
 """

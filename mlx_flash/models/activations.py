@@ -12,7 +12,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ModelError
+from mlx_flash.errors import ModelError
 
 Activation = Callable[[mx.array], mx.array]
 

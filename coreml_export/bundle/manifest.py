@@ -1,0 +1,117 @@
+"""``manifest.json``: what an app has to know of an export, and what is checked before it is used.
+
+Knows: the manifest's fields, hashes, what a package's spec says of its functions. Does not know:
+how packages are made or run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coreml_export.errors import ExportError
+from mlx_flash.common.files import sha256_of
+from mlx_flash.errors import DamagedError
+
+from .mlpackage import SPEC
+
+NAME = "manifest.json"
+FORMAT = "coreml_export"
+FORMAT_VERSION = 1
+UNHASHED = (NAME, "parity.json", "parity.md", "README.md")
+KINDS = {65552: "float16", 65568: "float32", 65600: "float64", 131104: "int32", 131080: "int8"}
+
+
+def functions(package: Path) -> dict[str, Any]:
+    """Inputs, outputs and states of a package's functions, from its spec alone."""
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model()
+    spec.ParseFromString((package / "Data" / SPEC).read_bytes())
+    found = {}
+    for function in spec.description.functions:
+        entry: dict[str, Any] = {"inputs": {}, "outputs": {}, "states": {}}
+        for kind, features in (("inputs", function.input), ("outputs", function.output)):
+            for feature in features:
+                entry[kind][feature.name] = _array(feature.type.multiArrayType)
+        for feature in function.state:
+            entry["states"][feature.name] = _array(feature.type.stateType.arrayType)
+        shapes = _shapes(spec.mlProgram.functions[function.name])
+        for name, output in entry["outputs"].items():  # descriptions lack some of these
+            output["shape"] = shapes[name]
+        found[function.name] = entry
+    return found
+
+
+def _shapes(function: Any) -> dict[str, list[int]]:
+    """Shape of every tensor of a function."""
+    found = {}
+    for block in function.block_specializations.values():
+        for operation in block.operations:
+            for output in operation.outputs:
+                dimensions = output.type.tensorType.dimensions
+                found[output.name] = [int(d.constant.size) for d in dimensions]
+    return found
+
+
+def _array(kind: Any) -> dict[str, Any]:
+    return {"dtype": KINDS.get(kind.dataType, str(kind.dataType)), "shape": list(kind.shape)}
+
+
+def file_entries(out: Path, without: str = "") -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of every file of an export but the ones that speak of it."""
+    entries = {}
+    for file in sorted(out.rglob("*")):
+        name = file.relative_to(out).as_posix()
+        passing = bool(without) and name.split("/")[0] == without
+        if file.is_file() and name not in UNHASHED and not passing:
+            entries[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    return entries
+
+
+def write(out: Path, content: dict[str, Any], without: str = "") -> None:
+    """Write the manifest, hashes of all files included but those of a directory on its way out."""
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+    content["files"] = file_entries(out, without)
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+    (out / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The manifest of an export.
+
+    Raises:
+        ExportError: there is none, or of another format.
+    """
+    try:
+        found = json.loads((out / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{out} is no export, its {NAME} cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ExportError(f"{out / NAME} is not a manifest of coreml_export")
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ExportError(
+            f"{out} has format version {found.get('format_version')!r}, this version reads "
+            f"{FORMAT_VERSION}; export the model again"
+        )
+    return found
+
+
+def verify(out: Path, content: dict[str, Any]) -> None:
+    """Hash every file again.
+
+    Raises:
+        DamagedError: a file is missing or was changed.
+    """
+    for name, entry in content["files"].items():
+        file = out / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing; copy the export again")
+        if file.stat().st_size != entry["bytes"]:
+            raise DamagedError(
+                f"{file} has {file.stat().st_size} bytes, expected {entry['bytes']}; "
+                "copy the export again"
+            )
+        if sha256_of(file) != entry["sha256"]:
+            raise DamagedError(f"{file} is damaged, its sha256 differs; copy the export again")

@@ -1,0 +1,1 @@
+"""Core ML programs: dense and paged decoders, predictors."""

@@ -1,0 +1,78 @@
+"""The tokenizer of an export: always a tokenizer.json, whatever the model came with.
+
+Knows: tokenizer files. Does not know: models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coreml_export.errors import ExportError
+from mlx_flash.calibration.text import DEFAULT as TEXT
+
+from .weights_source import Source
+
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+
+
+def write(source: Source, out: Path) -> None:
+    """Put tokenizer files into a directory, tokenizer.json among them.
+
+    Raises:
+        ExportError: the model has none, or none that tokenizer.json can be made from.
+    """
+    out.mkdir()
+    source.write_tokenizer(out)
+    if (out / "tokenizer.json").is_file():
+        return
+    old = next((name for name in SENTENCEPIECE if (out / name).is_file()), None)
+    pair = (out / "vocab.json").is_file() and (out / "merges.txt").is_file()
+    if old is None and not pair:
+        raise ExportError(
+            f"{source.path} has no tokenizer (tokenizer.json, or {', '.join(SENTENCEPIECE)}, or "
+            "vocab.json and merges.txt); put the model's tokenizer files there"
+        )
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    told = (out / "tokenizer_config.json").is_file()  # else llama's, which is then compared
+    kind: Any = AutoTokenizer if told or not old else LlamaTokenizer
+    try:
+        fast: Any = kind.from_pretrained(str(out), use_fast=True)
+        fast.backend_tokenizer.save(str(out / "tokenizer.json"))
+    except Exception as error:  # of whatever library reads the old format
+        raise ExportError(
+            f"no tokenizer.json can be made from {old or 'vocab.json'} of {source.path}: {error}"
+        ) from error
+    if old:
+        _compare(source, out, old)
+
+
+def _compare(source: Source, out: Path, old: str) -> None:
+    """Raise ExportError unless tokenizer.json cuts text as the sentencepiece model does."""
+    from sentencepiece import SentencePieceProcessor
+
+    text = TEXT.read_text(encoding="utf-8")[3000:6000] + " Größe: 3½ €"
+    expected = SentencePieceProcessor(model_file=str(out / old)).encode(text)
+    if load(out).encode(text, add_special_tokens=False).ids != expected:
+        raise ExportError(
+            f"the tokenizer.json made from {old} of {source.path} cuts text otherwise than {old} "
+            "does; put a tokenizer.json of the model there"
+        )
+
+
+def load(out: Path) -> Any:
+    """The tokenizer of an export; ExportError where its file is damaged."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(out / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ExportError(f"{out / 'tokenizer.json'} cannot be read: {error}") from error
+
+
+def sample(out: Path, count: int, start: int = 3000) -> list[int]:
+    """Token numbers of real text: Persuasion, from a paragraph on."""
+    text = TEXT.read_text(encoding="utf-8")
+    begin = text.index(" ", start) + 1
+    return load(out).encode(text[begin : begin + 16 * count + 1000]).ids[:count]

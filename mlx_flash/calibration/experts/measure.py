@@ -1,0 +1,215 @@
+"""Measure what each layer of a mixture is asked for, so that a budget goes where it saves most.
+
+The model runs over text, paged within the budget, and the experts that its routers choose are
+written down. From the training part of the text comes each layer's curve of misses; on the rest
+slots shared out by the curves are held against equal shares, and used only if they do better. What
+is interrupted goes on when the same call is made again; the file is written last, whole or not at
+all.
+
+Knows: the order of work. Does not know: how experts are recorded (``expert_trace``), what is
+counted (``expert_figures``), how figures are shown (``expert_report``).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flash.calibration import recordings, report
+from mlx_flash.calibration import text as text_module
+from mlx_flash.calibration.neurons.perplexity_search import Progress
+from mlx_flash.calibration.text import CalibrationText
+from mlx_flash.common.sizes import parse_ram, show
+from mlx_flash.errors import BudgetError, CalibrationError
+from mlx_flash.model_directory import expert_demand_file
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.model_directory.expert_demand_file import ExpertDemand
+from mlx_flash.models import mixtures
+from mlx_flash.runtime.load import load_model, load_tokenizer
+from mlx_flash.runtime.memory_requirements import MLX_CACHE, sparse_needs
+
+from . import figures as figures_module
+from . import report as report_module
+from . import trace
+from .figures import Asked
+
+FORMAT_VERSION = 1
+TOKENS = 4096  # to make the curves from
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement is asked for."""
+
+    kind: str
+    tokens: int
+    seed: int
+
+
+def measure(
+    directory: ModelDirectory,
+    data: str | Path | None = None,
+    *,
+    tokens: int | None = None,
+    ram: int | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``experts.json`` and a report into a mixture's directory.
+
+    Args:
+        directory: of a mixture.
+        data: text, see ``calibration_text.load``; None for the one that ships.
+        tokens: to make the curves from; default 4096. An eighth as many warm the caches for the
+            quarter on which ways to share slots out are compared.
+        ram: bytes or text such as "4GB" that the whole process may take.
+        seed: picks the sequences from a longer text.
+        progress: called as (stage, done, total).
+
+    Returns:
+        The report, as in calibration.json.
+
+    Raises:
+        CalibrationError: the text or a setting is not usable.
+        BudgetError: the budget is too small.
+    """
+    if directory.mixture is None:
+        raise CalibrationError(f"{directory.path} is no mixture of experts")
+    if seed < 0:
+        raise CalibrationError(f"seed {seed}; expected one from 0 on")
+    settings = Settings("experts", TOKENS if tokens is None else tokens, seed)
+    budget = None if ram is None else parse_ram(ram)
+    if not os.access(directory.path, os.W_OK | os.X_OK):
+        raise CalibrationError(f"no permission to write in {directory.path}; the figures go there")
+    positions = directory.config.get("max_position_embeddings")
+    tokenizer = load_tokenizer(directory)
+    text = text_module.load(data, tokenizer, settings.tokens, positions, seed)
+    del tokenizer
+    work = recordings.path_for(directory)
+    what = ("experts", FORMAT_VERSION, directory.rows.fingerprint, text.sha256, asdict(settings))
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    with recordings.working_directory(work, key):
+        job = _Job(directory, settings, text, work, budget, progress or (lambda *_: None))
+        found = job.run()
+        recordings.remove(work)
+    return found
+
+
+class _Job:
+    """One measurement."""
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        settings: Settings,
+        text: CalibrationText,
+        work: Path,
+        ram: int | None,
+        progress: Progress,
+    ) -> None:
+        self.directory, self.settings, self.text = directory, settings, text
+        self.work, self.ram, self.progress = work, ram, progress
+        self.sequences = np.concatenate(list(text.parts().values()))
+        self.layers = len(directory.rows.layers)
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All of it; returns the report."""
+        with self._timed("recording"):
+            self._record()
+        with self._timed("counting"):
+            train = range(len(self.text.train))
+            rest = range(len(train), len(self.sequences))
+            figures, unseen = [], []
+            for layer in range(self.layers):
+                self.progress("counting", layer, self.layers)
+                figures.append(figures_module.layer_figures(self._asked(layer, train)))
+                other = self._asked(layer, rest)
+                warm = self.text.validation.size
+                unseen.append(figures_module.curve(other.trace(), other.experts, warm))
+            self.progress("counting", self.layers, self.layers)
+            needs = sparse_needs(self.directory, None)
+            splits = figures_module.compare_splits(figures, needs, unseen)
+        return self._write(figures, splits)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+    def _record(self) -> None:
+        """Run the model over what of the text is not recorded yet."""
+        count, length = len(self.sequences), self.text.length
+        done = trace.recorded(self.work, count)
+        self.progress("recording", done * length, count * length)
+        if done == count:
+            return
+        top_k = mixtures.expert_counts(self.directory.config, self.directory.mixture)[1]
+        reserve = 2 * 2 * top_k * self.layers * length
+        with self._model(reserve) as model:
+            recorder = trace.Recorder(model, top_k)
+            for i in range(done, count):
+                found = recorder.run(self.sequences[i], model.flash.plan.step)
+                trace.save(self.work, i, found)
+                self.progress("recording", (i + 1) * length, count * length)
+
+    @contextmanager
+    def _model(self, reserve: int) -> Iterator[Any]:
+        """The model in equal shares, whatever was measured before."""
+        limit = None if self.ram is None else mx.set_cache_limit(MLX_CACHE)
+        ram = None if self.ram is None else max(1, self.ram - reserve)
+        try:
+            yield from self._loaded(ram, reserve)
+        finally:
+            if limit is not None:
+                mx.set_cache_limit(limit)
+
+    def _loaded(self, ram: int | None, reserve: int) -> Iterator[Any]:
+        try:
+            model = load_model(
+                self.directory, ram, context=self.text.length, predictor="none", lookahead=False
+            )
+        except BudgetError as error:
+            raise BudgetError(
+                f"measuring takes {show(reserve)} of the RAM budget for what is recorded; with the "
+                f"rest: {error}"
+            ) from error
+        try:
+            yield model
+        finally:
+            model.flash.close()
+            del model
+            gc.collect()
+            mx.clear_cache()
+
+    def _asked(self, layer: int, sequences: range) -> Asked:
+        chosen, foretold = trace.load(self.work, sequences, layer)
+        return Asked(self.directory.rows.layers[layer].rows, chosen, foretold)
+
+    def _write(self, figures: list[dict[str, Any]], splits: dict[str, Any]) -> dict[str, Any]:
+        """The report, then the file."""
+        found = report_module.build(
+            self.directory, asdict(self.settings), self.text, figures, splits, self.seconds
+        )
+        demand = ExpertDemand(
+            self.directory.rows.fingerprint,
+            found["used"] == "measured",
+            tuple(tuple(layer["misses"]) for layer in figures),
+            report_module.measured(found),
+        )
+        path = self.directory.path
+        report.write(path, found, report_module.table, report_module.draw)
+        expert_demand_file.write(path / expert_demand_file.NAME, demand)
+        return found

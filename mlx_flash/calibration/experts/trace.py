@@ -1,0 +1,132 @@
+"""Which experts each token of a text was given, recorded while the model runs.
+
+A watcher around every switch module, paged or not, writes down the expert numbers that the router
+hands over, and what the next layer's router would say to the same hidden state. Sequence by
+sequence they go to a working directory, so that an interrupted recording goes on behind them.
+
+Knows: mlx-lm models as ``loader`` makes them, the working directory's files. Does not know: what is
+made of it (``expert_figures``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_flash.calibration import probes
+from mlx_flash.errors import CalibrationError
+from mlx_flash.paging.prefetch import best
+from mlx_flash.runtime.pagers import ExpertPager
+
+Scores = Callable[[mx.array], mx.array]
+
+
+class _Tap(nn.Module):
+    """A switch module, and what goes in."""
+
+    def __init__(self, inner: nn.Module, seen: Callable[[mx.array, mx.array], None]) -> None:
+        super().__init__()
+        self.inner = inner
+        self._seen = seen
+
+    def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self._seen(x, indices)
+        return self.inner(x, indices, *args, **kwargs)
+
+
+class Recorder:
+    """What the routers of a loaded mixture choose, and what they foretell of the next layer.
+
+    Args:
+        model: from ``loader.load_model``; its switch modules are wrapped for good.
+        top_k: experts per token.
+    """
+
+    def __init__(self, model: nn.Module, top_k: int) -> None:
+        pager = model.flash.pager
+        if not isinstance(pager, ExpertPager):
+            raise CalibrationError("the model has no experts whose use could be recorded")
+        self._model, self._top_k = model, top_k
+        layers = len(pager.found)
+        ahead = [pager.scores(i) if i else None for i in range(layers)]
+        self._chosen: list[list[np.ndarray]] = [[] for _ in range(layers)]
+        self._foretold: list[list[np.ndarray]] = [[] for _ in range(layers)]
+        modules = dict(model.named_modules())
+        taps = [
+            (path, _Tap(modules[path], self._watcher(i, ahead[i + 1] if i + 1 < layers else None)))
+            for i, (path, _) in enumerate(pager.found)
+        ]
+        model.update_modules(tree_unflatten(taps))
+
+    def _watcher(self, layer: int, ahead: Scores | None) -> Callable[[mx.array, mx.array], None]:
+        def seen(x: mx.array, indices: mx.array) -> None:
+            guess = None if ahead is None else best(ahead(x), self._top_k)
+            mx.eval(indices, *([] if guess is None else [guess]))
+            self._chosen[layer].append(_flat(indices))
+            if guess is not None:
+                self._foretold[layer + 1].append(_flat(guess))
+
+        return seen
+
+    def run(self, tokens: np.ndarray, chunk: int) -> dict[str, np.ndarray]:
+        """Run one sequence: ``chosen-i`` and ``foretold-i`` of each layer, [tokens, experts].
+
+        Raises:
+            CalibrationError: a layer was not asked once for each token.
+        """
+        for lists in (self._chosen, self._foretold):
+            for found in lists:
+                found.clear()
+        probes.run(self._model, tokens, chunk)
+        arrays = {}
+        for name, lists in (("chosen", self._chosen), ("foretold", self._foretold)):
+            for layer, found in enumerate(lists):
+                if not found and name == "foretold":
+                    continue
+                array = np.concatenate(found) if found else np.zeros((0, 0), np.uint16)
+                if len(array) != len(tokens):
+                    raise CalibrationError(
+                        f"the experts of layer {layer} were asked {len(array)} times for "
+                        f"{len(tokens)} tokens; their use cannot be told from that"
+                    )
+                arrays[f"{name}-{layer}"] = array
+        return arrays
+
+
+def _flat(numbers: mx.array) -> np.ndarray:
+    array = np.array(numbers, copy=False)
+    return array.reshape(-1, array.shape[-1]).astype(np.uint16)
+
+
+def save(path: Path, sequence: int, arrays: dict[str, np.ndarray]) -> None:
+    """Keep what was recorded of one sequence; whole or not there."""
+    temporary = path / f"experts-{sequence:05d}.writing"
+    with open(temporary, "wb") as f:
+        np.savez(f, **arrays)
+    temporary.replace(_file(path, sequence))
+
+
+def recorded(path: Path, sequences: int) -> int:
+    """How many of the first sequences are kept."""
+    return next((i for i in range(sequences) if not _file(path, i).is_file()), sequences)
+
+
+def load(path: Path, sequences: range, layer: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """(chosen, foretold or None) of one layer in some sequences, [sequences, tokens, experts]."""
+    chosen, foretold = [], []
+    for i in sequences:
+        with np.load(_file(path, i)) as saved:
+            chosen.append(saved[f"chosen-{layer}"])
+            if f"foretold-{layer}" in saved.files:
+                foretold.append(saved[f"foretold-{layer}"])
+    return np.stack(chosen), np.stack(foretold) if foretold else None
+
+
+def _file(path: Path, sequence: int) -> Path:
+    return path / f"experts-{sequence:05d}.npz"

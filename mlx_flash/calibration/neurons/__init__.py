@@ -1,0 +1,1 @@
+"""Predictors fitted to the neurons of a model."""

@@ -1,0 +1,312 @@
+"""What a model's FFNs do on a text, written to disk while the model runs, read back layer by layer.
+
+``DIR.calibrating`` beside the model directory holds one file per layer, part of the text and kind:
+``x`` (what the projections take), ``active`` (one bit per row), ``h`` and ``gate`` (validation
+only). A state file says how much of each is good; after a kill the next run cuts the rest off and
+goes on behind it. Memory is one chunk of one layer, whatever the number of tokens.
+
+Knows: files, bits, the lock. Does not know: what is fitted to them. (Deja Vu and LLM in a flash,
+section 3.1, train their predictors on such recordings.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flash.common.files import write_text
+from mlx_flash.common.sizes import show
+from mlx_flash.errors import CalibrationError, FlashError
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.model_directory.writing import FULL
+from mlx_flash.models.dtypes import UNITS
+from mlx_flash.predictors.predictor import Function
+
+from .probes import Seen
+
+MARKER = "calibration.key"
+STATE = "recorded.json"
+MARGIN_BYTES = 64 << 20
+# Kind of predictor, or of other use -> what is recorded of each part of the text.
+FILES = {
+    "low-rank": {"train": ("x", "active"), "validation": ("x", "active", "h")},
+    "threshold": {"train": ("x",), "validation": ("x", "gate", "h")},
+    "rows": {"train": ("active",), "held_out": ("active",)},  # of ``row_demand``
+}
+
+
+def path_for(directory: ModelDirectory) -> Path:
+    """Where the calibration of a model directory keeps its state."""
+    path = directory.path.absolute()
+    return path.with_name(path.name + ".calibrating")
+
+
+@contextmanager
+def working_directory(path: Path, key: str) -> Iterator[Path]:
+    """``path``, made or taken over for this process alone; it stays when an error leaves it.
+
+    Args:
+        path: from ``path_for``.
+        key: of this calibration; what one with other settings left is removed.
+    """
+    try:
+        if path.is_symlink() or (path.exists() and not _is_ours(path)):
+            raise CalibrationError(f"{path} is in the way and not made by mlx_flash; move it")
+        path.mkdir(exist_ok=True)
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if isinstance(error, FlashError):
+            raise
+        raise CalibrationError(
+            f"cannot write {path}: {error.strerror}; calibration keeps its state there"
+        ) from error
+    try:
+        _take_lock(lock, path)
+    except BaseException:
+        os.close(lock)
+        raise  # what is there is another process's
+    try:
+        if not (path / MARKER).is_file() or (path / MARKER).read_text(errors="replace") != key:
+            _empty(path)
+            write_text(path / MARKER, key)
+        yield path
+    except OSError as error:
+        if isinstance(error, FlashError) or error.errno is None:
+            raise
+        room = "make room and " if error.errno in FULL else ""
+        raise CalibrationError(
+            f"writing {error.filename or path} failed: {error.strerror}; "
+            f"{room}run the same command again, it goes on where it stopped"
+        ) from error
+    finally:
+        if path.is_dir() and [file.name for file in path.iterdir()] == [MARKER]:
+            remove(path)  # nothing was done yet
+        os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a working directory, its marker last."""
+    _empty(path)
+    (path / MARKER).unlink(missing_ok=True)
+    path.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_dir() and ((path / MARKER).is_file() or not any(path.iterdir()))
+
+
+def _empty(path: Path) -> None:
+    for file in path.iterdir():
+        if file.name != MARKER:
+            file.unlink()
+
+
+def _take_lock(lock: int, path: Path) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks: go on without
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CalibrationError(f"another calibration is writing {path}; wait for it") from None
+
+
+def disk_bytes(directory: ModelDirectory, kind: str, tokens: dict[str, int]) -> int:
+    """What recording so many tokens of each part takes."""
+    item = directory.dtype.size
+    total = 0
+    for layer in directory.rows.layers:
+        sizes = {
+            "x": directory.d_model * item,
+            "active": -(-layer.rows // 8),
+            "h": layer.rows * item,
+            "gate": layer.rows * item,
+        }
+        for name, kinds in FILES[kind].items():
+            total += tokens[name] * sum(sizes[what] for what in kinds)
+    return total
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Raise CalibrationError unless there is room for what is not written yet of ``needed``."""
+    there = sum(f.stat().st_blocks * 512 for f in path.iterdir()) if path.is_dir() else 0
+    free = shutil.disk_usage(path.parent).free
+    if (needed := needed + MARGIN_BYTES - there) > free:
+        raise CalibrationError(
+            f"not enough disk for {path}: {show(needed)} needed, {show(free)} free; "
+            "make room or calibrate on fewer --tokens"
+        )
+
+
+class Recorder:
+    """A watcher that writes what it sees, sequence by sequence.
+
+    Args:
+        path: working directory.
+        kind: of predictor, see ``FILES``.
+        layers: how many.
+        up_function: what the FFN applies to up's output before the product.
+    """
+
+    def __init__(self, path: Path, kind: str, layers: int, up_function: Function) -> None:
+        self.path, self.kind = path, kind
+        self._up_function = up_function
+        self.part: str | None = None
+        self.done = 0
+        self.losses: dict[str, float] = {"validation": 0.0, "held_out": 0.0}
+        self.squares = [np.zeros(0)] * layers
+        self.counts = [0] * layers
+        self._layers = layers
+        self._restore()
+
+    def __call__(self, seen: Seen) -> mx.array:
+        """Record one layer's chunk; evaluates it."""
+        kinds = FILES[self.kind].get(self.part or "", ())
+        squares = self.kind == "threshold" and self.part == "train" and seen.up is not None
+        if not kinds and not squares:
+            return seen.h
+        finite = mx.isfinite(seen.h).all() & mx.isfinite(seen.x).all()
+        mx.eval(seen.x, seen.gate, seen.h, finite)
+        if not finite.item():
+            raise CalibrationError(
+                f"layer {seen.layer} gives numbers that are infinite or none at all on the "
+                "calibration text: its weights or its float type do not hold; nothing was "
+                "written; convert the model again, with another --dtype"
+            )
+        if squares:
+            self._add_squares(seen)
+        for what in kinds:
+            file = self.path / file_name(seen.layer, self.part, what)
+            with open(file, "ab") as f:
+                f.write(_raw(seen, what).data)
+        return seen.h
+
+    def _add_squares(self, seen: Seen) -> None:
+        up = self._up_function(seen.up).astype(mx.float32).reshape(-1, seen.up.shape[-1])
+        total = np.array(mx.square(up).sum(axis=0), np.float64)
+        before = self.squares[seen.layer]
+        self.squares[seen.layer] = total if not before.size else before + total
+        self.counts[seen.layer] += up.shape[0]
+
+    def commit(self) -> None:
+        """All that was seen of one more sequence is written: remember it."""
+        self.done += 1
+        sizes = {file.name: file.stat().st_size for file in self.path.glob("layer-*.bits")}
+        state = {"done": self.done, "sizes": sizes, "losses": self.losses, "counts": self.counts}
+        if any(self.counts):
+            # Two names in turn, so that the one the state names is whole at any time.
+            state["squares"] = f"squares-{self.done % 2}.npz"
+            with open(self.path / state["squares"], "wb") as f:
+                np.savez(f, *self.squares)
+        temporary = self.path / (STATE + ".writing")
+        write_text(temporary, json.dumps(state))
+        temporary.replace(self.path / STATE)
+
+    def _restore(self) -> None:
+        """Go on where the state file says; from the beginning where files do not bear it out."""
+        try:
+            state = json.loads((self.path / STATE).read_text())
+            files = {self.path / name: int(size) for name, size in state["sizes"].items()}
+            if all(file.is_file() and file.stat().st_size >= size for file, size in files.items()):
+                if name := state.get("squares"):
+                    with np.load(self.path / name) as saved:
+                        self.squares = [saved[f"arr_{i}"] for i in range(self._layers)]
+                self.done, self.losses = int(state["done"]), state["losses"]
+                self.counts = state["counts"]
+            else:
+                files = {}
+        except (OSError, ValueError, KeyError):
+            files = {}
+        if not self.done:
+            _empty(self.path)
+        for file in self.path.glob("layer-*.bits"):
+            if file in files:
+                os.truncate(file, files[file])
+            else:
+                file.unlink()
+
+
+def file_name(layer: int, part: str | None, what: str) -> str:
+    """Name of a file in the working directory."""
+    return f"layer-{layer:03d}.{part}.{what}.bits"
+
+
+def _raw(seen: Seen, what: str) -> np.ndarray:
+    if what == "active":
+        active = np.array(seen.h != 0).reshape(-1, seen.h.shape[-1])
+        return np.packbits(active, axis=-1)
+    array = getattr(seen, what)
+    bits = mx.contiguous(array).view(UNITS[array.dtype.size])
+    return np.ascontiguousarray(np.array(bits))
+
+
+@dataclass
+class Part:
+    """What was recorded of one layer and one part of the text; arrays are read when asked for.
+
+    Args:
+        path: working directory.
+        layer, part: which.
+        rows, d_model: of the layer.
+        dtype: the model's float type.
+    """
+
+    path: Path
+    layer: int
+    part: str
+    rows: int
+    d_model: int
+    dtype: mx.Dtype
+
+    @property
+    def tokens(self) -> int:
+        """How many were recorded."""
+        what, width = ("x", self.d_model) if self._file("x").is_file() else ("h", self.rows)
+        return self._file(what).stat().st_size // (width * self.dtype.size)
+
+    def floats(self, what: str, index: Any = slice(None)) -> mx.array:
+        """x [n, d_model], h or gate [n, rows] of some tokens, in the model's float type."""
+        width = self.d_model if what == "x" else self.rows
+        unit = {2: np.uint16, 4: np.uint32}[self.dtype.size]
+        bits = self._open(what, unit, width)[index]
+        return mx.array(np.ascontiguousarray(bits)).view(self.dtype)
+
+    def active(self, index: Any = slice(None)) -> np.ndarray:
+        """Which rows were active, bool [n, rows]."""
+        bits = self._open("active", np.uint8, -(-self.rows // 8))[index]
+        return np.unpackbits(bits, axis=-1, count=self.rows).astype(bool)
+
+    def _file(self, what: str) -> Path:
+        return self.path / file_name(self.layer, self.part, what)
+
+    def _open(self, what: str, unit: Any, width: int) -> np.ndarray:
+        return np.memmap(self._file(what), unit, "r").reshape(-1, width)
+
+
+def save_layer(path: Path, name: str, figures: dict[str, Any], arrays: dict[str, Any]) -> None:
+    """Keep a fitted layer: figures as JSON, arrays as float32; whole or not there."""
+    temporary = path / f"fitted-{name}.writing"
+    with open(temporary, "wb") as f:
+        np.savez(f, figures=np.array(json.dumps(figures)), **arrays)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path / f"fitted-{name}.npz")
+
+
+def load_layer(path: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What ``save_layer`` kept, or None."""
+    file = path / f"fitted-{name}.npz"
+    if not file.is_file():
+        return None
+    with np.load(file) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    return json.loads(str(arrays.pop("figures"))), arrays

@@ -1,0 +1,1 @@
+"""Rows that are asked for together are written near each other."""

@@ -1,0 +1,239 @@
+"""The report of a calibration: JSON for programs, a table and a picture for people.
+
+Knows: figures, their names and units, file names. Does not know: where figures come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_flash import __version__
+from mlx_flash.calibration.neurons.activity import WINDOWS
+from mlx_flash.calibration.neurons.layer_fit import WINDOW
+from mlx_flash.common.files import write_text
+from mlx_flash.common.sizes import show
+from mlx_flash.model_directory.directory import ModelDirectory
+
+from .settings import Settings
+from .text import CalibrationText
+
+FORMAT_VERSION = 1
+JSON, TABLE, PLOT = "calibration.json", "calibration.txt", "calibration.png"
+NO_PLOT = "the picture needs matplotlib: pip install mlx-flash-rows[training]"
+
+
+def build(
+    directory: ModelDirectory,
+    settings: Settings,
+    text: CalibrationText,
+    layers: list[dict[str, Any]],
+    perplexities: dict[str, Any],
+    rounds: list[dict[str, Any]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The report as it goes to JSON."""
+    stride = directory.rows.layout.stride
+    total = _total(layers)
+    return {
+        "format_version": FORMAT_VERSION,
+        "mlx_flash": __version__,
+        "model": directory.path.absolute().name,
+        "rows_fingerprint": directory.rows.fingerprint,
+        "activation": directory.ffn.activation,
+        "row_bytes": stride,
+        "settings": dataclasses.asdict(settings),
+        "text": text.describe(),
+        "perplexity": perplexities,
+        "rounds": rounds,
+        "seconds": seconds,
+        "total": total | {"share_read": total["bytes_per_token"] / (stride * total["rows"])},
+        "layers": layers,
+    }
+
+
+def _total(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of all layers together, those that a predictor left alone among them."""
+    added = ("rows", "active", "predicted", "predictor_bytes", "bytes_per_token")
+    total = {name: sum(layer[name] for layer in layers) for name in added}
+    active, rows = total["active"], total["rows"]
+    hits = sum(layer["recall"] * layer["active"] for layer in layers)
+    chosen = [layer for layer in layers if layer["kind"] != "none"]
+    own = sum(layer["active"] for layer in chosen)
+    return total | {
+        "sparsity": 1 - active / rows,
+        "recall": hits / active if active else 1.0,
+        "predicted_per_active": total["predicted"] / active if active else 0.0,
+        "predicted_per_active_where_predicted": (
+            sum(layer["predicted"] for layer in chosen) / own if own else 0.0
+        ),
+        "layers_with_predictor": len(chosen),
+        "fresh": {str(k): sum(layer["fresh"][str(k)] for layer in layers) for k in WINDOWS},
+    }
+
+
+def measured(report: dict[str, Any]) -> dict[str, Any]:
+    """What goes into the predictors' own file: nothing that differs from run to run."""
+    held_out, total = report["perplexity"]["held_out"], report["total"]
+    return {
+        "perplexity_dense": held_out["dense"],
+        "perplexity_predicted": held_out["predicted"],
+        "recall": total["recall"],
+        "predicted_per_active": total["predicted_per_active"],
+        "sparsity": total["sparsity"],
+        "bytes_per_token": total["bytes_per_token"],
+        "tokens": report["text"]["train_tokens"],
+        "text": report["text"]["source"],
+        "settings": report["settings"],
+    }
+
+
+def write(
+    path: Path,
+    report: dict[str, Any],
+    table_of: Callable[[dict[str, Any]], str] | None = None,
+    draw_in: Callable[[Any, dict[str, Any]], None] | None = None,
+) -> None:
+    """calibration.json, .txt and, where matplotlib is there, .png; each whole or not there.
+
+    Args:
+        table_of: makes the text; default that of predictors.
+        draw_in: draws in a matplotlib figure; default the picture of predictors.
+    """
+    report["plot"] = PLOT if plot(path / PLOT, report, draw_in or draw) else NO_PLOT
+    shown = (table_of or table)(report)
+    for name, text in ((JSON, json.dumps(report, indent=2) + "\n"), (TABLE, shown)):
+        temporary = path / ("writing-" + name)
+        try:
+            write_text(temporary, text)
+            temporary.replace(path / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people, as plain text."""
+    settings, text, total = report["settings"], report["text"], report["total"]
+    wanted = (
+        f"recall {settings['target_recall']:g}"
+        if settings["kind"] == "low-rank"
+        else f"sparsity {settings['sparsity']:g}"
+    )
+    lines = [
+        f"{report['model']}: {settings['kind']} predictors, {wanted}, seed {settings['seed']}",
+        f"Text: {text['source']}, sequences of {text['sequence']} tokens; {text['train_tokens']} "
+        f"to train on, {text['validation_tokens']} for validation, "
+        f"{text['held_out_tokens']} held out",
+        "",
+    ]
+    lines += _layer_table(report["layers"], settings["kind"])
+    lines += [
+        "",
+        f"All layers: {100 * total['sparsity']:.2f} % of the rows zero, recall "
+        f"{total['recall']:.4f}, predicted/active {total['predicted_per_active']:.2f}, predictors "
+        f"{show(total['predictor_bytes'])}",
+        f"Read per token at window {WINDOW}: {show(total['bytes_per_token'])}, "
+        f"{100 * total['share_read']:.1f} % of the rows",
+        "",
+        "Perplexity            dense  predicted     loss",
+    ]
+    for name in ("held_out", "validation"):
+        found = report["perplexity"][name]
+        lines.append(
+            f"  {name.replace('_', ' '):<16} {found['dense']:>8.3f} {found['predicted']:>10.3f} "
+            f"{100 * found['loss']:>+7.2f} %"
+        )
+    for name, value in report["perplexity"]["other_scores"].items():
+        dense = report["perplexity"]["held_out"]["dense"]
+        what = {
+            "activation": "by |activation| alone",
+            "scaled": "by |activation| times what a row adds per unit of it on average",
+            "product": "by the row's true share (an oracle)",
+        }[name]
+        lines.append(f"  held out, {what}: {value:.3f} ({100 * (value / dense - 1):+.2f} %)")
+    allowed, found = settings["max_loss"], report["perplexity"]["held_out"]["loss"]
+    if settings["kind"] == "low-rank" and found > allowed:
+        lines.append(
+            f"The loss is above the {100 * allowed:g} % asked for; a higher --target-recall or "
+            "--rank, or more --tokens, would lower it."
+        )
+    if report["plot"] != PLOT:
+        lines += ["", report["plot"]]
+    return "\n".join(lines) + "\n"
+
+
+def _layer_table(layers: Sequence[dict[str, Any]], kind: str) -> list[str]:
+    head = (
+        f"{'layer':>5} {'rank' if kind == 'low-rank' else 'cut':>6} {'zero %':>7} {'recall':>7} "
+        f"{'weighted':>8} {'false +':>8} {'pred/act':>8} {'rows':>7} {'memory':>9}  "
+        f"fresh rows per token, windows 1 to {max(WINDOWS)}"
+    )
+    lines = [head]
+    for layer in layers:
+        if layer["kind"] == "none":
+            how = "whole"
+        else:
+            how = str(layer["rank"]) if kind == "low-rank" else f"{layer['threshold']:.4f}"
+        fresh = " ".join(f"{layer['fresh'][str(k)]:6.0f}" for k in WINDOWS)
+        lines.append(
+            f"{layer['layer']:>5} {how:>6} {100 * layer['sparsity']:>7.2f} {layer['recall']:>7.4f} "
+            f"{layer['weighted_recall']:>8.4f} {100 * layer['false_positive_rate']:>6.2f} % "
+            f"{layer['predicted_per_active']:>8.2f} {layer['predicted']:>7.1f} "
+            f"{show(layer['predictor_bytes']):>9}  {fresh}"
+        )
+    return lines
+
+
+def plot(
+    file: Path, report: dict[str, Any], draw_in: Callable[[Any, dict[str, Any]], None]
+) -> bool:
+    """Save the picture; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(layout="constrained")
+    draw_in(figure, report)
+    temporary = file.with_name("writing-" + file.name)
+    try:
+        figure.savefig(temporary, dpi=100)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def panels(figure: Any, count: int) -> list[Any]:
+    """Axes for so many small pictures, four beside each other."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure.set_size_inches(3.6 * columns, 2.8 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    for axis in axes:
+        axis.tick_params(labelsize=7)
+    return list(axes)
+
+
+def draw(figure: Any, report: dict[str, Any]) -> None:
+    """One picture per layer: rows read afresh per token, by the window."""
+    layers = report["layers"]
+    axes = panels(figure, len(layers))
+    for axis, layer in zip(axes, layers, strict=False):
+        for name, label in (("fresh_active", "active"), ("fresh", "predicted")):
+            counts = [100 * layer[name][str(k)] / layer["rows"] for k in WINDOWS]
+            axis.plot(WINDOWS, counts, marker=".", label=label)
+        how = f"rank {layer['rank']}" if layer["rank"] else layer["kind"]
+        axis.set_title(
+            f"layer {layer['layer']}, {how}\n{100 * layer['sparsity']:.1f} % zero, "
+            f"recall {layer['recall']:.3f}, {layer['predicted_per_active']:.2f} predicted/active",
+            fontsize=8,
+        )
+        axis.set_ylim(bottom=0)
+    axes[0].legend(fontsize=7)
+    axes[0].set_xlabel("window, tokens", fontsize=8)
+    axes[0].set_ylabel("rows read afresh per token, %", fontsize=8)

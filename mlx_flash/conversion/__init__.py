@@ -1,0 +1,7 @@
+"""A checkpoint becomes a model directory.
+
+Read ``checkpoint`` (what a source is), ``open_checkpoint``, ``row_plan`` (what becomes a row), then
+``convert``.
+
+Knows: checkpoints, row files. Does not know: how a model is run.
+"""

@@ -1,0 +1,111 @@
+"""The data of one tensor of a GGUF file, as MLX arrays: floats, or packed codes with scales.
+
+Knows: reading (never mapping) in blocks of rows, the row order of Q and K in a GGUF, which it
+undoes, and what a float type cannot hold. Does not know: names, which tensors a model has.
+
+Taking a tensor needs its own size in the output form and about 20 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from mlx_flash.errors import DamagedError, ModelError, ReadError
+
+from .block_formats import Form, to_affine
+from .header import Tensor
+
+BLOCK_BYTES = 4 << 20  # of float32 values; the library's working copies are several times that
+
+
+def read_floats(path: Path, tensor: Tensor, dtype: mx.Dtype, head_dim: int = 0) -> mx.array:
+    """The evaluated tensor; ``head_dim`` for one whose rows lie in GGUF's order of Q and K."""
+    out = mx.zeros((tensor.rows, tensor.shape[-1]), dtype=dtype)
+    for start, raw in _blocks(path, tensor, head_dim):
+        block = dequantize(raw, tensor.type)
+        if dtype == mx.float16 and tensor.type != GGMLQuantizationType.F16:
+            top = float(np.abs(block).max())
+            if top > 65504:
+                raise ModelError(f"{tensor.name} holds {top:g}, beyond float16; choose bfloat16")
+        # Evaluated at once, so that mlx updates ``out`` in place instead of copying it.
+        out[start : start + len(block)] = mx.array(block).astype(dtype)
+        mx.eval(out)
+    out = out.reshape(tensor.shape)
+    mx.eval(out)
+    return out
+
+
+def read_affine(
+    path: Path, tensor: Tensor, form: Form, dtype: mx.Dtype, head_dim: int = 0
+) -> dict[str, mx.array]:
+    """The evaluated ``weight`` (packed), ``scales`` and ``biases``; the same ``head_dim``."""
+    outs = {
+        part: mx.zeros(shape, dtype=mx.uint32 if part == "weight" else dtype)
+        for part, shape in affine_shapes(tensor, form).items()
+    }
+    for start, raw in _blocks(path, tensor, head_dim):
+        for (part, out), block in zip(outs.items(), to_affine(raw, tensor.type), strict=True):
+            rows = mx.array(block)
+            if part != "weight":
+                _check_range(rows, f"the {part} of {tensor.name}", dtype)
+            out[start : start + len(raw)] = rows.astype(out.dtype)
+            mx.eval(out)
+    return outs
+
+
+def affine_shapes(tensor: Tensor, form: Form) -> dict[str, tuple[int, ...]]:
+    rows, columns = tensor.shape
+    groups = (rows, columns // form.group)
+    return {"weight": (rows, columns * form.bits // 32), "scales": groups, "biases": groups}
+
+
+def _check_range(values: mx.array, what: str, dtype: mx.Dtype) -> None:
+    top = mx.abs(values).max().item()
+    if not np.isfinite(top):
+        raise DamagedError(f"{what} go up to {top}, expected finite numbers; fetch the file again")
+    if top > mx.finfo(dtype).max:
+        raise ModelError(
+            f"{what} go up to {top:g}, beyond {str(dtype).rpartition('.')[2]}; choose float32"
+        )
+
+
+def _blocks(path: Path, tensor: Tensor, head_dim: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and bytes of one block of rows after another, in Hugging Face's order."""
+    unit = head_dim or 1
+    step = max(1, BLOCK_BYTES // (4 * tensor.shape[-1] * unit)) * unit
+    for start in range(0, tensor.rows, step):
+        raw = read_rows(path, tensor, start, min(step, tensor.rows - start))
+        yield start, _unpermute(raw, head_dim) if head_dim else raw
+
+
+def read_rows(path: Path, tensor: Tensor, start: int, rows: int) -> np.ndarray:
+    """The bytes of ``rows`` rows from ``start`` on."""
+    raw = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
+    view, at = memoryview(raw).cast("B"), tensor.offset + start * tensor.row_bytes
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(at)
+            done = 0
+            while count := file.readinto(view[done:]):
+                done += count
+    except OSError as error:
+        where = f"{path}: tensor {tensor.name}, {len(view)} bytes at {at}"
+        raise ReadError(f"{where}: {error.strerror}") from error
+    if done < len(view):
+        raise DamagedError(
+            f"the file was cut since it was opened: tensor {tensor.name} goes on to byte "
+            f"{at + len(view)}, the file ends at {at + done}. Fetch the file again"
+        )
+    return raw
+
+
+def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Whole heads in GGUF order (pairs side by side) back to Hugging Face order (halves)."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

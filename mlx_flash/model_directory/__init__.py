@@ -1,0 +1,4 @@
+"""The format on disk that conversion writes and everything else reads (docs/model_directory.md).
+
+Knows: files and their hashes. Does not know: how they are made, how they are used.
+"""

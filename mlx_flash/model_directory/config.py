@@ -1,0 +1,75 @@
+"""config.json of a model directory: reading, writing, where it says the FFN is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import utils
+
+from mlx_flash.common import files as files_module
+from mlx_flash.errors import FlashError, ModelError
+from mlx_flash.models import families, mixtures
+from mlx_flash.models.families import Ffn
+from mlx_flash.models.mixtures import Mixture
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    """Write config.json as transformers would."""
+    text = json.dumps(utils._encode_tagged_floats(config), indent=2)
+    files_module.write_text(path, text + "\n")
+
+
+FORMAT_VERSION = 2
+ROW_FILE = "ffn_rows.safetensors"
+# How transformers writes floats that JSON has no word for: {"__float__": "Infinity"}.
+TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory as a dict; ModelError where there is none that can be read."""
+    file = path / "config.json"
+    try:
+        if not path.is_dir():
+            raise ModelError(f"no such model directory: {path}")
+        if not file.is_file():
+            raise ModelError(f"{path} has no config.json; expected a Hugging Face model directory")
+        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_untagged)
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _untagged(value: dict[str, Any]) -> Any:
+    if value.keys() == {"__float__"} and isinstance(tag := value["__float__"], str):
+        return TAGGED_FLOATS.get(tag, value)
+    return value
+
+
+def find_place(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture | None]:
+    """Where a directory's model keeps its FFN: in the table of dense families, or of mixtures.
+
+    One of the two is None. Errors name the file.
+    """
+    try:
+        mixture = mixtures.find_mixture(config)
+        return (None if mixture else families.find(config)), mixture
+    except FlashError as error:
+        raise ModelError(f"{path / 'config.json'}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path / 'config.json'} makes no sense: {error}") from error
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """Hash of a config but for the place where the hash itself is kept."""
+    flash = {key: value for key, value in config["flash"].items() if key != "config_sha256"}
+    text = json.dumps({**config, "flash": flash}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,269 @@
+"""Where a conversion writes: ``OUT.partial`` beside the target, which becomes OUT at the end.
+
+A kill at any moment leaves what was at OUT as it was, or the new one, whole; but between the two
+renames that replace an old model directory it is called ``OUT.replaced``, and the next conversion
+to OUT puts it back first. Nothing that mlx_flash did not write is ever removed.
+
+Knows: what may be replaced, locks, disk space, renames. Does not know: what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_flash.common.files import sync, write_text
+from mlx_flash.common.sizes import show
+from mlx_flash.errors import ConvertError, FlashError
+
+from .config import ROW_FILE, read_config
+from .directory import ModelDirectory
+
+# What ``calibrate`` adds to a model directory; of no use to another conversion.
+CALIBRATION = (
+    "predictors.safetensors",
+    "experts.json",
+    "calibration.json",
+    "calibration.txt",
+    "calibration.png",
+)
+MARKER = "convert.key"  # in OUT.partial: which conversion it belongs to
+MARGIN_BYTES = 64 << 20  # tokenizer files, file system overhead
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def check_target(out: Path, force: bool, source: str | Path) -> None:
+    """Raise ConvertError unless ``out`` can be made, or replaced where ``force`` allows it."""
+    if out.name in ("", ".."):
+        raise ConvertError(f"cannot write {out}: give the directory's own name")
+    try:
+        if out.exists() or out.is_symlink():
+            _drop_marker(out)
+            _check_replaceable(out, force, Path(source))
+        above = _existing(out.parent)
+        if not above.is_dir():
+            raise ConvertError(f"cannot write {out}: {above} is no directory")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise ConvertError(f"cannot write {out}: no permission to write in {above}")
+    except OSError as error:
+        raise ConvertError(f"cannot write {out}: {error.strerror}") from error
+
+
+def _drop_marker(out: Path) -> None:
+    """What a kill between the last rename and the end leaves."""
+    if not out.is_symlink() and (out / MARKER).is_file() and _is_ours(out):
+        (out / MARKER).unlink(missing_ok=True)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest of ``path`` and those above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists() or p == p.parent)
+
+
+def _check_replaceable(out: Path, force: bool, source: Path) -> None:
+    if not force:
+        raise ConvertError(f"{out} exists; choose another --mlx-path, or replace it with --force")
+    if out.is_symlink() or out.is_mount() or not _is_ours(out):
+        raise ConvertError(
+            f"{out} exists and is no model directory made by mlx_flash; it is not replaced, "
+            "not even with --force"
+        )
+    if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        raise ConvertError(
+            f"the source {source} lies in {out}, which --force would remove; "
+            "move it, or choose another --mlx-path"
+        )
+    if strange := _strange_files(out):
+        raise ConvertError(
+            f"{out} holds files that mlx_flash did not write ({', '.join(strange)}); "
+            "move them before it is replaced"
+        )
+    old = _replaced(out)
+    if old.is_symlink() or (old.exists() and (not _is_ours(old) or _strange_files(old))):
+        raise ConvertError(f"{old} is in the way and not made by mlx_flash; move it")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is an empty directory or a model directory, sound or not."""
+    if not path.is_dir():
+        return False
+    if not any(path.iterdir()):
+        return True
+    try:
+        return isinstance(read_config(path).get("flash"), dict)
+    except FlashError:
+        return False
+
+
+def _strange_files(out: Path) -> list[str]:
+    if not any(out.iterdir()):
+        return []
+    flash = read_config(out)["flash"]
+    files = flash.get("files")
+    ours = {"config.json", ROW_FILE, ".DS_Store", *CALIBRATION}
+    ours |= files.keys() if isinstance(files, dict) else set()
+    return sorted(file.name for file in out.iterdir() if file.name not in ours)
+
+
+def check_in_place(path: Path) -> None:
+    """Raise ConvertError unless the model directory can be replaced by one made of it."""
+    try:
+        if path.is_symlink() or path.is_mount():
+            raise ConvertError(f"{path} is a link or a mount point; give the directory itself")
+        if strange := _strange_files(path):
+            raise ConvertError(
+                f"{path} holds files that mlx_flash did not write ({', '.join(strange)}); move "
+                "them before it is replaced, or write to another directory"
+            )
+        old = _replaced(path)
+        if old.is_symlink() or (old.exists() and (not _is_ours(old) or _strange_files(old))):
+            raise ConvertError(f"{old} is in the way and not made by mlx_flash; move it")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ConvertError(f"cannot replace {path}: no permission to write in {path.parent}")
+    except OSError as error:
+        raise ConvertError(f"cannot replace {path}: {error.strerror}") from error
+
+
+def check_disk(out: Path, total: int, instead: str = "another --mlx-path") -> None:
+    """Raise ConvertError unless the disk has room for what is still to be written of ``total``."""
+    partial = _partial(out)
+    there = 0
+    if partial.is_dir():
+        there = sum(f.stat().st_blocks * 512 for f in partial.iterdir() if f.is_file())
+    free = shutil.disk_usage(_existing(partial)).free
+    if (needed := total + MARGIN_BYTES - there) > free:
+        raise ConvertError(
+            f"not enough disk for {out}: {show(needed)} needed, {show(free)} free; "
+            f"make room or choose {instead}"
+        )
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(out.name + ".replaced")
+
+
+@contextmanager
+def working_directory(out: Path, key: str) -> Iterator[Path]:
+    """``OUT.partial``, made or taken over for this process alone.
+
+    Args:
+        out: what it will become, by ``replace``.
+        key: of the conversion; what another one left is removed.
+    """
+    partial = _partial(out)
+    try:
+        if not _is_unfinished(partial):
+            raise ConvertError(f"{partial} is in the way and not made by mlx_flash; move it")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConvertError(f"cannot write {partial}: {error.strerror}") from error
+    try:
+        _take_lock(lock, partial)
+        try:
+            put_back(out)
+            _claim(partial, key)
+            yield partial
+        finally:
+            _remove_if_nothing_done(partial, lock)
+    except OSError as error:
+        if isinstance(error, FlashError) or error.errno is None:
+            raise
+        room = "make room and " if error.errno in FULL else ""
+        raise ConvertError(
+            f"writing {error.filename or partial} failed: {error.strerror}; "
+            f"{room}run the same command again, it goes on where it stopped"
+        ) from error
+    finally:
+        os.close(lock)
+
+
+def _is_unfinished(partial: Path) -> bool:
+    """Whether it is nothing yet, an empty directory, or one with a marker."""
+    if partial.is_symlink() or not partial.is_dir():
+        return not (partial.is_symlink() or partial.exists())
+    return (partial / MARKER).is_file() or not any(partial.iterdir())
+
+
+def _take_lock(lock: int, partial: Path) -> None:
+    """Lock the directory itself: it stays the same when it is renamed."""
+    with contextlib.suppress(OSError):  # a file system without locks: go on without
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConvertError(f"another conversion is writing {partial}; wait for it") from None
+    if not partial.is_dir() or not os.path.samestat(os.fstat(lock), partial.stat()):
+        raise ConvertError(f"another conversion has just finished {partial}; look at its result")
+
+
+def put_back(out: Path) -> None:
+    """Undo the first rename of a ``replace`` that was cut off before its second."""
+    old = _replaced(out)
+    if out.exists() or out.is_symlink() or not old.is_dir() or old.is_symlink():
+        return
+    with contextlib.suppress(FlashError):
+        ModelDirectory(old)
+        old.rename(out)
+
+
+def _claim(partial: Path, key: str) -> None:
+    """Leave only what this conversion wrote, and mark the directory as its own."""
+    marker = partial / MARKER
+    if not marker.is_file() or marker.read_text(errors="replace") != key:
+        for file in partial.iterdir():
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            elif file != marker:
+                file.unlink()
+        write_text(marker, key)
+
+
+def _remove_if_nothing_done(partial: Path, lock: int) -> None:
+    with contextlib.suppress(OSError):
+        if not os.path.samestat(os.fstat(lock), partial.stat()):
+            return  # another process's by now
+        if [file.name for file in partial.iterdir()] == [MARKER]:
+            (partial / MARKER).unlink()
+        partial.rmdir()  # fails, as it should, where there is something in it
+
+
+def replace(partial: Path, out: Path) -> None:
+    """Give the finished directory its name; an old one goes only after that.
+
+    The caller has asked ``check_target`` whether it may.
+    """
+    sync(partial)
+    old = _replaced(out)
+    if moved := out.exists():
+        if old.exists():
+            _remove(old)
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        if moved:
+            old.rename(out)
+        raise
+    (out / MARKER).unlink(missing_ok=True)
+    sync(out.parent)
+    if old.exists() and moved:
+        _remove(old)
+
+
+def _remove(model: Path) -> None:
+    """Remove a model directory, its config last: cut off, it is still known as one."""
+    for file in model.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    (model / "config.json").unlink(missing_ok=True)
+    model.rmdir()

@@ -1,0 +1,145 @@
+"""Which cached rows leave: the paper's sliding window, LRU, LFU with ageing, and the optimum.
+
+One interface, so that a cache and a benchmark take any of them. ``Belady`` knows the whole trace
+beforehand; it is the yardstick that no policy can beat (L. A. Belady, IBM Systems Journal 5(2),
+1966), not something to run a model with.
+
+Knows: row numbers, steps. Does not know: slots, files, MLX. numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mlx_flash.errors import CacheError
+
+DEFAULT_WINDOW = 4  # tokens, as in the paper
+HALF_LIFE = 128.0  # steps; did best on traces of trained models (benchmarks/policies.py)
+
+
+class Policy(Protocol):
+    """Which cached rows leave. Rows are int arrays; a step is one call of ``used``.
+
+    Active rows never leave, whatever a policy says of them.
+    """
+
+    def used(self, rows: np.ndarray) -> None:
+        """These rows are active in the step that begins now."""
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        """Of cached rows, a bool mask of those that leave even where there is room."""
+
+    def rank(self, rows: np.ndarray) -> np.ndarray:
+        """Of any rows, a number each: the smallest leave first where room is needed."""
+
+
+class LRU:
+    """The longest unused leave first, and only where room is needed."""
+
+    def __init__(self, rows: int) -> None:
+        self._step = 0
+        self._last = np.full(rows, -1, np.int64)
+
+    def used(self, rows: np.ndarray) -> None:
+        self._step += 1
+        self._last[rows] = self._step
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros(rows.shape, bool)
+
+    def rank(self, rows: np.ndarray) -> np.ndarray:
+        return self._last[rows]
+
+
+class SlidingWindow(LRU):
+    """Rows active in one of the last ``window`` steps stay; the longest unused leave first.
+
+    LLM in a flash, section 3.1.
+    """
+
+    def __init__(self, rows: int, window: int = DEFAULT_WINDOW) -> None:
+        if window < 1:
+            raise CacheError(f"a window is at least one token, got {window}")
+        super().__init__(rows)
+        self.window = window
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        return self._last[rows] <= self._step - self.window
+
+
+class LFU:
+    """The least used leave first; a use counts half after ``half_life`` steps.
+
+    A row's count outlives its stay in the cache.
+    """
+
+    def __init__(self, rows: int, half_life: float = HALF_LIFE) -> None:
+        if not half_life > 0:
+            raise CacheError(f"a half-life is more than 0 steps, got {half_life}")
+        self._step = 0
+        self._rate = np.log(2) / half_life
+        self._count = np.zeros(rows)
+        self._last = np.zeros(rows, np.int64)
+
+    def used(self, rows: np.ndarray) -> None:
+        self._step += 1
+        self._count[rows] = 1 + self.rank(rows)
+        self._last[rows] = self._step
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros(rows.shape, bool)
+
+    def rank(self, rows: np.ndarray) -> np.ndarray:
+        return self._count[rows] * np.exp(self._rate * (self._last[rows] - self._step))
+
+
+class Belady:
+    """The rows that are needed again last leave first; ``trace`` holds every step to come.
+
+    The optimum where every active row takes a slot.
+    """
+
+    def __init__(self, rows: int, trace: Sequence[np.ndarray]) -> None:
+        self._steps = len(trace)
+        self._step = -1
+        who = np.concatenate([np.asarray(step, np.int64) for step in trace] or [np.zeros(0, int)])
+        when = np.repeat(np.arange(len(trace)), [len(step) for step in trace])
+        order = np.lexsort((when, who))
+        self._uses = np.append(when[order], self._steps)  # of row 0 in order, then of row 1, ...
+        bounds = np.searchsorted(who[order], np.arange(rows + 1))
+        self._at, self._stop = bounds[:-1].copy(), bounds[1:]
+
+    def used(self, rows: np.ndarray) -> None:
+        self._step += 1
+        if self._step >= self._steps:
+            raise CacheError(f"the trace has {self._steps} steps, this is one more")
+        self._at[rows] += 1
+
+    def expired(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros(rows.shape, bool)
+
+    def rank(self, rows: np.ndarray) -> np.ndarray:
+        at = self._at[rows]
+        return -np.where(at < self._stop[rows], self._uses[at], self._steps)
+
+
+POLICIES: dict[str, Callable[[int, int], Policy]] = {
+    "window": SlidingWindow,
+    "lru": lambda rows, window: LRU(rows),
+    "lfu": lambda rows, window: LFU(rows),
+}
+DEFAULT_POLICY = "lfu"  # the most hits in benchmarks/policies.py
+
+
+def make_policy(name: str, rows: int, window: int = DEFAULT_WINDOW) -> Policy:
+    """A policy by its name on the command line, for a layer of so many rows.
+
+    Raises:
+        CacheError: no such policy, or no such window.
+    """
+    if name not in POLICIES:
+        raise CacheError(f"policy {name!r}; expected one of {', '.join(POLICIES)}")
+    return POLICIES[name](rows, window)

@@ -1,0 +1,100 @@
+"""Weights of FFN modules read from the row file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_flash.models.dtypes import DTYPES, UNITS
+from mlx_flash.models.families import Ffn, projections, weight_shapes
+from mlx_flash.models.quantized_rows import Rows, Scheme, part_names, rows_of
+from mlx_flash.storage.reader import RowReader
+from mlx_flash.storage.row_file import RowFile
+
+from .slot_memory import SlotMemory
+
+
+def bind_arrays(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
+    """Put arrays into a module by their dotted names, whatever is there."""
+    for name, array in arrays.items():
+        *path, last = name.split(".")
+        target = module
+        for step in path:
+            target = target[step]
+        target[last] = array
+
+
+CHUNK_BYTES = 4 << 20
+
+
+def resident_part(reader: RowReader, layer: int, part: str, scheme: Scheme | None = None) -> Rows:
+    """One part of every row of a layer, [rows, d_model], read from the row file."""
+    layout, rows = reader.file.layout, reader.file.layers[layer].rows
+    names = part_names(part, scheme)
+    parts = [p for p in layout.parts if p.name in names]
+    arrays = {p.name: mx.zeros((rows, p.width), UNITS[DTYPES[p.dtype].size]) for p in parts}
+    mx.eval(list(arrays.values()))
+    chunk = SlotMemory(layout, min(rows, max(1, CHUNK_BYTES // layout.stride)), parts=names)
+    held = [view for view in chunk.views if view is not None]
+    views = [np.array(arrays[p.name], copy=False) for p in parts]
+    for start in range(0, rows, chunk.capacity):
+        count = min(chunk.capacity, rows - start)
+        reader.read(layer, np.arange(start, start + count), np.arange(count), chunk.views)
+        for p, source, target in zip(parts, held, views, strict=True):
+            target[start : start + count] = source[:count, : p.nbytes].view(target.dtype)
+    typed = {p.name: arrays[p.name].view(DTYPES[p.dtype]) for p in parts}
+    mx.eval(list(typed.values()))
+    return rows_of(typed, part, scheme)
+
+
+def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array]:
+    """A layer's projection weights as ``nn.Linear`` holds them, read from the row file.
+
+    Returns:
+        Projection name to array: gate and up [rows, d_model], fused [2 * rows, d_model],
+        down [d_model, rows].
+    """
+    rows, layout = reader.file.layers[layer].rows, reader.file.layout
+    parts = layout.parts
+    dtype = DTYPES[parts[0].dtype]
+    chunk = SlotMemory(layout, min(rows, max(1, CHUNK_BYTES // layout.stride)))
+    shapes = weight_shapes(ffn, rows, parts[0].width)
+    weights = {name: mx.zeros(shape, UNITS[dtype.size]) for name, shape in shapes.items()}
+    mx.eval(weights)
+    views = {part: np.array(weights[name], copy=False) for part, name in projections(ffn).items()}
+    views["down"] = views["down"].T
+    if ffn.fused:
+        views["gate"], views["up"] = views["gate"][:rows], views["up"][rows:]
+    for start in range(0, rows, chunk.capacity):
+        count = min(chunk.capacity, rows - start)
+        reader.read(layer, np.arange(start, start + count), np.arange(count), chunk.views)
+        for part, view in zip(parts, chunk.views, strict=True):
+            target = views[part.name]
+            target[start : start + count] = view[:count, : part.nbytes].view(target.dtype)
+    weights = {name: weight.view(dtype) for name, weight in weights.items()}
+    mx.eval(weights)
+    return weights
+
+
+def placeholders(file: RowFile, layer: int, ffn: Ffn) -> dict[str, mx.array]:
+    """Arrays of the names and shapes of ``dense_weights``, never to be evaluated."""
+    part = file.layout.parts[0]
+    shapes = weight_shapes(ffn, file.layers[layer].rows, part.width)
+    return {name: mx.zeros(shape, DTYPES[part.dtype]) for name, shape in shapes.items()}
+
+
+def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
+    """All rows of a layer, read now, each part with its own shape."""
+    extent = reader.file.layers[layer]
+    memory = SlotMemory(extent.layout, extent.rows, exact=True)
+    rows = np.arange(extent.rows)
+    reader.read(layer, rows, rows, memory.views)
+    return memory
+
+
+def first_row(memory: SlotMemory) -> dict[str, mx.array]:
+    """The arrays of a memory of one row, not copied (``array[0]`` would be)."""
+    return {name: array.squeeze(0) for name, array in memory.arrays.items()}

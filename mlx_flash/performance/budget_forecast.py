@@ -1,0 +1,168 @@
+"""What a RAM budget buys of a model: the plan that loading makes, and the speed to expect.
+
+Knows: directories, plans, what was measured. Does not know: what is printed, command lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_flash.common import platform
+from mlx_flash.common.sizes import parse_ram, with_margin
+from mlx_flash.errors import BudgetError
+from mlx_flash.model_directory import expert_demand_file
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, make_policy
+from mlx_flash.predictors.selection import select
+from mlx_flash.runtime.load import choose_sparse, load_tokenizer
+from mlx_flash.runtime.memory_plan import Plan, make_plan
+from mlx_flash.runtime.memory_requirements import needs_of, sparse_needs
+from mlx_flash.runtime.pagers import check_back_end
+from mlx_flash.storage.reader import RowReader
+
+from . import disk_speed
+from .forecast import Forecast, Layers, Rehearsal, forecast
+from .trial_run import Model, rehearse
+
+Progress = Callable[[str], Any]
+
+
+@dataclass
+class View:
+    """One budget.
+
+    Args:
+        ram: bytes.
+        plan: None where the budget does not work.
+        forecast: None where nothing was measured that it could be made from.
+        reason: why there is no plan or no forecast.
+    """
+
+    ram: int
+    plan: Plan | None = None
+    forecast: Forecast | None = None
+    reason: str = ""
+
+
+class Outlook:
+    """Budgets of one model directory.
+
+    Args:
+        context: tokens, prompt and generated, that budgets are planned for; None as ``load``.
+        predictor, policy, window: as ``load`` takes them.
+
+    Raises:
+        FlashError: the model cannot be run that way.
+    """
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        context: int | None = None,
+        predictor: str = "auto",
+        policy: str = DEFAULT_POLICY,
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
+        if context is not None and context < 1:
+            raise BudgetError(f"a context is at least one token, got {context}")
+        check_back_end(directory)
+        make_policy(policy, 1, window)
+        self.directory = directory
+        self.tokenizer = load_tokenizer(directory)  # a part of what a process takes
+        self.selection = select(directory, predictor)
+        pages = bool(self.selection or directory.mixture)
+        reader = RowReader(directory.rows)
+        try:
+            self.needs = needs_of(directory, reader, context)
+            self.direct = reader.direct
+        finally:
+            reader.close()
+        self.curves = expert_demand_file.curves_of(directory) if predictor != "none" else None
+        sparse = sparse_needs(directory, self.selection, self.curves) if pages else None
+        self._explicit = predictor != "auto" or self.selection is None
+        self.model = Model(
+            directory, self.needs, sparse, self.selection, predictor, policy, window, self.tokenizer
+        )
+        layers = directory.rows.layers
+        self.layers = Layers(
+            tuple(layer.rows for layer in layers),
+            tuple(directory.rows.layer_bytes(i) for i in range(len(layers))),
+        )
+        self.disk: disk_speed.DiskSpeed | None = None
+        self.rehearsal = Rehearsal()
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that works."""
+        needs, sparse = self.needs, self.model.sparse
+        if sparse is None:
+            return with_margin(needs.least)
+        paged = sparse.least(needs)
+        if self._explicit:  # and mixtures, whose experts are not streamed a layer at a time
+            return with_margin(min(needs.dense, paged))
+        return with_margin(min(needs.least, paged))
+
+    @property
+    def most(self) -> int:
+        """The budget from which on everything is resident."""
+        return with_margin(self.needs.dense)
+
+    def plan(self, ram: int) -> Plan:
+        """The plan that ``load`` makes of a budget; raises BudgetError."""
+        if self.model.sparse is None:
+            return make_plan(ram, self.needs, platform.machine())
+        return choose_sparse(
+            ram, self.needs, self.directory, self.selection, self._explicit, None, self.curves
+        )
+
+    def measure(self, ram: int, again: bool = False, progress: Progress | None = None) -> None:
+        """Measure disk and model within ``ram``, what is not known yet or all of it ``again``."""
+        say = progress or (lambda _: None)
+        say("disk")
+        reader = RowReader(self.directory.rows)
+        try:
+            self.disk = disk_speed.disk_speed(reader, self.model.parts, again)
+        finally:
+            reader.close()
+        self.rehearsal = rehearse(self.model, ram, self.disk, again, progress)
+
+    def view(self, ram: int | str, warm: int | None = None, count: int | None = None) -> View:
+        """Plan and forecast for a budget, or why there is none.
+
+        Args:
+            warm, count: tokens decoded before, and then; see ``forecast.forecast``.
+        """
+        ram = parse_ram(ram)
+        view = View(ram)
+        try:
+            view.plan = self.plan(ram)
+        except BudgetError as error:
+            view.reason = str(error).splitlines()[0].rstrip(":")
+            return view
+        if view.plan.slots and "paged" not in self.rehearsal.ways:
+            view.reason = "not measured: the budget given has no room to read rows as they fire"
+        elif view.plan.streamed and "streamed" not in self.rehearsal.ways:
+            view.reason = "not measured: the budget given has no room to stream layers"
+        elif self.disk is None or not self.rehearsal.ways:
+            view.reason = "not measured"
+        else:
+            view.forecast = self._forecast(view.plan, warm, count)
+        return view
+
+    @property
+    def uses_curves(self) -> bool:
+        """Whether misses are taken from what calibration measured, not from the rehearsal."""
+        return self.curves is not None and self.model.policy == DEFAULT_POLICY
+
+    def _forecast(self, plan: Plan, warm: int | None, count: int | None) -> Forecast:
+        model = self.model
+        how = {} if count is None else {"count": count}
+        curves = self.curves if self.uses_curves and warm is None else None
+        if self.disk is None:
+            raise ValueError("nothing was measured")
+        return forecast(
+            plan, self.layers, self.disk, self.rehearsal, model.policy, model.window,
+            warm=warm, curves=curves, **how,
+        )  # fmt: skip

@@ -1,0 +1,6 @@
+"""Load a model inside a RAM budget.
+
+Read ``memory_plan`` (what a budget buys), ``pagers`` (what is put in place), ``load``.
+
+Knows: mlx-lm's loading contract. Does not know: text, the command line.
+"""

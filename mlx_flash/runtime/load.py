@@ -1,0 +1,265 @@
+"""A model directory to what mlx-lm's own generation takes: (model, tokenizer).
+
+The model is the family's class (``architectures``) with the FFN of some layers replaced. Layers
+whose rows are kept are its own modules with weights read from the row file; of the others the rows
+that a predictor names are read, or, without predictors, whole layers are streamed. Nothing in
+mlx_lm is patched.
+
+Knows: mlx-lm's loading contract. Does not know: what things cost in memory (``needs``), the command
+line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils
+from transformers import PreTrainedConfig
+
+from mlx_flash.common import platform
+from mlx_flash.common.sizes import parse_ram, show
+from mlx_flash.errors import BudgetError, PredictorError
+from mlx_flash.model_directory import expert_demand_file
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.models.registry import INVENTED, get_classes
+from mlx_flash.paging.policies import (
+    DEFAULT_POLICY,
+    DEFAULT_WINDOW,
+    make_policy,
+)
+from mlx_flash.predictors.selection import Selection, select
+from mlx_flash.storage.reader import RowReader
+
+from . import pagers
+from .memory_plan import (
+    Needs,
+    Plan,
+    check_machine,
+    make_plan,
+    make_sparse_plan,
+    sparse_plan_of,
+    split,
+)
+from .memory_requirements import MLX_CACHE, foreign_errors, needs_of, sparse_needs
+from .paged_model import Flash
+
+# Whether to read ahead by default: see benchmarks/sparse_speed.py and benchmarks/mixture.py.
+LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
+
+
+def load(
+    path: str | Path,
+    ram: int | str | None = None,
+    use_flash: bool = True,
+    *,
+    context: int | None = None,
+    kept_share: float | None = None,
+    predictor: str = "auto",
+    policy: str = DEFAULT_POLICY,
+    window: int = DEFAULT_WINDOW,
+    cache_share: float | None = None,
+    lookahead: bool | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a model directory for mlx_lm's ``generate``, ``stream_generate``, ``make_prompt_cache``.
+
+    Args:
+        path: model directory made by ``mlx_flash convert``.
+        ram: bytes or text such as "1.5GB" that the whole process may take, the KV cache for
+            ``context`` tokens included. None takes up to three quarters of the machine's memory.
+        use_flash: False loads mlx-lm's dense model, every weight in memory.
+        context: tokens, prompt and generated, all sequences of a batch together, that the budget
+            is planned for; with a budget the model refuses to go beyond. Default 2048, or what
+            the model was made for if less.
+        kept_share: for experiments, the share of layers whose rows are kept, instead of what the
+            budget would buy; no predictors.
+        predictor: how the rows that fire are known: "gate" or "up" (exact, for activations with
+            zeros; that part stays in memory), "low-rank" or "threshold" (lossy, made by
+            ``mlx_flash calibrate``), "none" (every row is read), or "auto": what was calibrated,
+            else what is exact and fits. Where the budget holds every row nothing is predicted. Of
+            mixtures nothing is predicted either; with "none" their layers get equal shares of the
+            budget, whatever ``calibrate`` measured.
+        policy: which rows leave the cache: window, lru or lfu.
+        window: tokens that the policy "window" keeps rows for.
+        cache_share: for experiments, the share of every layer's rows that the cache holds, instead
+            of what the budget would buy.
+        lookahead: whether to read ahead what the next layer's low-rank predictor names, or, of
+            mixtures, what its router would choose; None takes the default: yes for predictors, no
+            for mixtures.
+
+    With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
+    used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
+
+    Returns:
+        (model, tokenizer). ``model.flash`` has the plan and the counters (not for a dense model).
+
+    Raises:
+        FlashError: see its subclasses; each message says what to do.
+    """
+    directory = ModelDirectory(path)
+    tokenizer = load_tokenizer(directory)
+    model = load_model(
+        directory,
+        ram,
+        use_flash,
+        context=context,
+        kept_share=kept_share,
+        predictor=predictor,
+        policy=policy,
+        window=window,
+        cache_share=cache_share,
+        lookahead=lookahead,
+    )
+    return model, tokenizer
+
+
+def load_tokenizer(directory: ModelDirectory) -> Any:
+    """mlx-lm's tokenizer of a model directory."""
+    with foreign_errors(directory, "its tokenizer files or config.json"):
+        config = utils.load_config(directory.path)
+        # Where it does not know the model, transformers takes this, too, but warns of it.
+        own = config.get("model_type") in INVENTED
+        extra = {"config": PreTrainedConfig()} if own else None
+        eos = config.get("eos_token_id")
+        return utils.load_tokenizer(directory.path, extra, eos_token_ids=eos)
+
+
+def load_model(
+    directory: ModelDirectory,
+    ram: int | str | None = None,
+    use_flash: bool = True,
+    *,
+    context: int | None = None,
+    kept_share: float | None = None,
+    predictor: str = "auto",
+    policy: str = DEFAULT_POLICY,
+    window: int = DEFAULT_WINDOW,
+    cache_share: float | None = None,
+    lookahead: bool | None = None,
+) -> nn.Module:
+    """Like ``load``, without the tokenizer."""
+    if context is not None and context < 1:
+        raise BudgetError(f"a context is at least one token, got {context}")
+    pagers.check_back_end(directory)
+    make_policy(policy, 1, window)
+    if directory.mixture and kept_share is not None:
+        raise BudgetError("kept_share is for models without experts; give cache_share")
+    predicts = use_flash and kept_share is None
+    selection = select(directory, predictor) if predicts else None
+    kind = selection.kind if selection else "none"
+    if lookahead and kind != "low-rank" and not directory.mixture:
+        raise PredictorError(
+            f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "
+            f"predictor {kind}; leave it out"
+        )
+    reader = RowReader(directory.rows)
+    try:
+        needs = needs_of(directory, reader, context)
+        budget = platform.machine() * 3 // 4 if ram is None else parse_ram(ram)
+        if use_flash and kept_share is None and (selection or directory.mixture):
+            explicit = predictor != "auto" or selection is None
+            curves = expert_demand_file.curves_of(directory) if predictor != "none" else None
+            plan = choose_sparse(budget, needs, directory, selection, explicit, cache_share, curves)
+        else:
+            plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
+        policies = functools.partial(make_policy, policy, window=window)
+        if lookahead is None:
+            lookahead = LOOKAHEAD[directory.unit]
+        flash = Flash(directory, plan, reader, selection, policies, lookahead)
+        if ram is not None:
+            mx.set_cache_limit(MLX_CACHE)
+            flash.max_tokens = needs.context
+        classes = functools.partial(_classes, flash=flash, paged=use_flash)
+        with foreign_errors(directory):
+            model, _ = utils.load_model(directory.path, lazy=True, get_model_classes=classes)
+            flash.start(model)
+        if use_flash:
+            model.flash = flash
+    except BaseException:
+        reader.close()
+        raise
+    if not use_flash:
+        reader.close()
+    return model
+
+
+def _choose(
+    budget: int, needs: Needs, use_flash: bool, kept_share: float | None, limited: bool
+) -> Plan:
+    count = len(needs.layers)
+    check_machine(budget, platform.machine())
+    if kept_share is not None or not use_flash:
+        share = 1.0 if not use_flash else kept_share
+        if not 0 <= share <= 1:
+            raise BudgetError(f"kept_share is a share from 0 to 1, got {share}")
+        streamed = count - round(share * count)
+        kept, chosen = split(count, streamed)
+        if limited and not use_flash and needs.dense > budget:
+            raise BudgetError(
+                f"the dense model needs {show(needs.dense)}, the RAM budget is {show(budget)}; "
+                "run it without --dense, or with a larger budget"
+            )
+        lookup = bool(chosen)
+        table = needs.table(needs.max_step, kept, lookup)
+        return Plan(budget, kept, chosen, needs.max_step, table, lookup=lookup)
+    return make_plan(budget, needs, platform.machine())
+
+
+def choose_sparse(
+    budget: int,
+    needs: Needs,
+    directory: ModelDirectory,
+    selection: Selection | None,
+    explicit: bool,
+    cache_share: float | None = None,
+    curves: tuple[tuple[float, ...], ...] | None = None,
+) -> Plan:
+    """The plan for a model whose rows are predicted, or are experts.
+
+    Args:
+        explicit: the predictor was asked for by name; else layers are streamed whole where it does
+            not fit.
+        curves: of a mixture's layers, see ``expert_file``.
+    """
+    sparse = sparse_needs(directory, selection, curves)
+    if cache_share is not None:
+        if not 0 < cache_share <= 1:
+            raise BudgetError(f"cache_share is a share above 0, at most 1, got {cache_share}")
+        capacities = [max(1, round(cache_share * rows)) for rows in sparse.rows]
+        return sparse_plan_of(None, needs, sparse, capacities, needs.max_step)
+    try:
+        return make_sparse_plan(budget, needs, sparse, platform.machine())
+    except BudgetError:
+        if explicit:
+            raise
+        return make_plan(budget, needs, platform.machine())
+
+
+def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:
+    """mlx-lm's classes for a config, the model's with paged FFNs."""
+    base, args_class = get_classes(config)
+    names = list(inspect.signature(base.__call__).parameters)[2:]
+
+    class FlashModel(base):
+        def __init__(self, args: Any) -> None:
+            super().__init__(args)
+            flash.pager.find(self)
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            return flash.weights(weights, getattr(super(), "sanitize", lambda given: given))
+
+        @functools.wraps(base.__call__)
+        def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
+            kwargs |= dict(zip(names, args, strict=False))
+            if not paged:
+                return super().__call__(inputs, **kwargs)
+            cache = kwargs.pop("cache", None)
+            return flash.call(super().__call__, inputs, cache, kwargs)
+
+    FlashModel.__name__ = FlashModel.__qualname__ = base.__name__
+    FlashModel.__module__ = base.__module__
+    return FlashModel, args_class

@@ -1,0 +1,206 @@
+"""What pages a loaded model: the attribute ``flash`` of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_flash.common.sizes import show
+from mlx_flash.errors import BudgetError
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.paging import flash_embedding
+from mlx_flash.paging.layer_stream import LayerStream
+from mlx_flash.paging.policies import (
+    Policy,
+    SlidingWindow,
+)
+from mlx_flash.paging.row_cache import RowCache
+from mlx_flash.paging.row_stream import RowStream
+from mlx_flash.paging.sparse_ffn import SparseStats
+from mlx_flash.predictors.selection import Selection
+from mlx_flash.storage.reader import ReadStats, RowReader
+
+from . import pagers
+from .memory_plan import (
+    Plan,
+)
+from .memory_requirements import tokens_in
+
+
+@dataclasses.dataclass
+class FlashStats(ReadStats):
+    """The reader's counters and the model's since loading; subtract two of them for a span.
+
+    ``hits`` and ``misses`` count rows found in memory and rows that had to be read;
+    ``wait_seconds`` is the time that the calling thread waited for reading, while experts in slots
+    may have been computed; ``forwards`` counts calls of the model, prompt chunks included;
+    ``foretold`` rows were read on a guess, ``useful`` of them then needed. Of layers whose rows
+    are predicted: ``predicted`` rows, in ``layer_calls`` calls, ``predict_seconds`` for saying
+    which, ``manage_seconds`` for bookkeeping.
+    """
+
+    wait_seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    forwards: int = 0
+    foretold: int = 0
+    useful: int = 0
+    predicted: int = 0
+    layer_calls: int = 0
+    predict_seconds: float = 0.0
+    manage_seconds: float = 0.0
+
+
+class Flash:
+    """What pages a model's FFN: the attribute ``flash`` of a loaded model."""
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        plan: Plan,
+        reader: RowReader,
+        selection: Selection | None = None,
+        policies: Callable[[int], Policy] = SlidingWindow,
+        lookahead: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.plan = plan
+        self.reader = reader
+        self.selection = selection if plan.slots else None
+        self.lookahead = lookahead
+        self._sparse = SparseStats()
+        self.pager = pagers.make_pager(
+            directory, plan, reader, self._sparse, self.selection, policies, lookahead
+        )
+        self.max_tokens: int | None = None
+        self._forwards = 0
+        self._embedding: flash_embedding.FlashEmbedding | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def ffns(self) -> list[tuple[str, nn.Module]]:
+        """(path, mlx-lm's module) of every layer of the row file."""
+        return self.pager.found
+
+    @property
+    def stream(self) -> LayerStream | None:
+        """What streams whole layers, where any are."""
+        return self.pager.stream
+
+    @property
+    def rows(self) -> RowStream | None:
+        """What brings rows that find no slot."""
+        return self.pager.rows
+
+    @property
+    def caches(self) -> dict[int, RowCache]:
+        """Layer -> its slots."""
+        return self.pager.caches
+
+    def stats(self) -> FlashStats:
+        """The counters as they stand."""
+        kept = sum(self.directory.rows.layers[i].rows for i in self.plan.kept)
+        caches = self.caches.values()
+        stats = FlashStats(
+            **dataclasses.asdict(self.reader.stats()),
+            wait_seconds=sum(cache.wait_seconds for cache in caches),
+            hits=kept * self._forwards + sum(cache.hits for cache in caches),
+            misses=sum(cache.misses for cache in caches),
+            forwards=self._forwards,
+            foretold=sum(cache.foretold for cache in caches),
+            useful=sum(cache.useful for cache in caches),
+            **dataclasses.asdict(self._sparse),
+        )
+        if self.stream:
+            stats.wait_seconds += self.stream.wait_seconds
+            stats.misses += self.stream.rows_acquired
+        if self.rows:
+            stats.wait_seconds += self.rows.wait_seconds
+            stats.misses += self.rows.rows_read
+        return stats
+
+    def close(self) -> None:
+        """Stop reading and let go of the row file; the model cannot be used after that."""
+        if self.stream:
+            self.stream.close()
+        self.reader.close()
+        if self._embedding is not None:
+            self._embedding.close()
+
+    def weights(
+        self,
+        resident: dict[str, mx.array],
+        sanitize: Callable[[dict[str, mx.array]], Any],
+    ) -> dict[str, mx.array]:
+        """The resident weights and those of the layers that are kept, read now.
+
+        The directory's weights are sanitised already, but mlx-lm's ``sanitize`` may also set the
+        model up by what is among them (gemma3 ties its head), so it is shown every name, those
+        that are paged as placeholders that nothing evaluates; what it returns is not used.
+        """
+        weights = dict(resident)
+        left_out = set()
+        for i, (path, _) in enumerate(self.ffns):
+            kept = i in self.plan.kept
+            found = self.pager.kept(i) if kept else self.pager.missing(i)
+            found = {f"{path}.{name}": weight for name, weight in found.items()}
+            weights |= found
+            if self.pager.partial and not kept:
+                left_out |= found.keys()
+        sanitize(dict(weights))
+        return {name: weight for name, weight in weights.items() if name not in left_out}
+
+    def start(self, model: nn.Module) -> None:
+        """Put the paged FFNs in place, then take the resident weights into memory."""
+        modules = self.pager.start()
+        if self.plan.lookup and (found := flash_embedding.find(self.directory)):
+            self._embedding = modules[flash_embedding.PATH] = flash_embedding.FlashEmbedding(found)
+        model.update_modules(tree_unflatten(list(modules.items())))
+        mx.eval(model.parameters())
+
+    def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
+        """Run the model, a prompt in chunks that the plan has memory for.
+
+        One thread at a time: buffers are filled for one forward pass. A call without a cache, or
+        with more than tokens and a cache, is not cut up.
+        """
+        batch, length = inputs.shape[:2]
+        step = max(1, self.plan.step // batch)
+        with self._lock:
+            self._check_context(cache, batch, length)
+            try:
+                if extra or not cache or length <= step:
+                    return self._counted(forward, inputs, cache, extra)
+                outputs = []
+                for start in range(0, length, step):
+                    chunk = inputs[:, start : start + step]
+                    outputs.append(self._counted(forward, chunk, cache, {}))
+                    mx.eval([c.state for c in cache])
+            except BaseException:
+                if self.stream:
+                    self.stream.close()
+                raise
+        return mx.concatenate(outputs, axis=1)
+
+    def _counted(
+        self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any
+    ) -> Any:
+        output = forward(inputs, cache=cache, **extra)
+        self._forwards += 1
+        return output
+
+    def _check_context(self, cache: Any, batch: int, length: int) -> None:
+        if self.max_tokens is None:
+            return
+        tokens = batch * (tokens_in(cache) + length)
+        if tokens > self.max_tokens:
+            raise BudgetError(
+                f"{tokens} tokens are more than the context of {self.max_tokens} that the budget "
+                f"of {show(self.plan.ram or 0)} was planned for; load with a larger context"
+            )

@@ -1,0 +1,95 @@
+"""Predictors that ship with a checkpoint, as TurboSparse's do."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.tiny import make_checkpoint
+
+from mlx_flash.conversion.convert import convert
+from mlx_flash.conversion.turbosparse import fold, shipped
+from mlx_flash.errors import ModelError
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.predictors import predictor_file
+from mlx_flash.predictors.predictor import LowRank
+from mlx_flash.runtime.load import load_model
+
+WIDTH, RANK = 64, 12
+
+
+def tensors_of(layers, rows=160, seed=0):
+    rng = np.random.default_rng(seed)
+    made = {}
+    for i in layers:
+        prefix = f"model.layers.{i}."
+        made[prefix + "mlp.predictor.fc1.weight"] = rng.standard_normal((RANK, WIDTH))
+        made[prefix + "mlp.predictor.fc2.weight"] = rng.standard_normal((rows, RANK))
+        norm = rng.uniform(0.2, 2, WIDTH) * rng.choice([-1, 1], WIDTH)
+        made[prefix + "post_attention_layernorm.weight"] = norm
+    return {name: mx.array(value.astype(np.float32)) for name, value in made.items()}
+
+
+def test_folding_says_what_the_checkpoint_says():
+    """The formula of TurboSparse on the residual, ours on the normed hidden state."""
+    tensors = tensors_of([0])
+    layer = fold(tensors, 1, mx.float32)[0]
+    predictor = LowRank(
+        layer.tensors["first"], layer.tensors["second"], None, layer.threshold, layer.nonlinearity
+    )
+    fc1, fc2, norm = (np.array(value, np.float64) for value in tensors.values())
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        residual = rng.standard_normal(WIDTH) * 7
+        logits = fc2 @ np.maximum(fc1 @ residual, 0)
+        x = norm * residual / np.sqrt(np.mean(residual**2) + 1e-6)
+        found = predictor(mx.array(x.astype(np.float32))[None, None]).rows
+        assert found.tolist() == np.flatnonzero(logits > 0).tolist()
+        assert 20 < found.size < 140
+
+
+def test_which_tensors():
+    tensors = tensors_of([0, 2])
+    others = {
+        "model.layers.1.mlp.up_proj.weight": mx.zeros((2, 2)),
+        "model.layers.1.post_attention_layernorm.weight": mx.ones((WIDTH,)),
+        "model.norm.weight": mx.ones((WIDTH,)),
+    }
+    assert shipped(tensors | others).keys() == tensors.keys()
+    assert shipped(others) == {}
+    assert [layer.kind for layer in fold(tensors, 3, mx.float16)] == [
+        "low-rank",
+        "none",
+        "low-rank",
+    ]
+    assert fold(tensors, 1, mx.float16)[0].tensors["first"].dtype == mx.float16
+
+
+def test_what_cannot_be_folded():
+    tensors = tensors_of([0])
+    half = {name: t for name, t in tensors.items() if "fc2" not in name}
+    with pytest.raises(ModelError, match=r"layer 0 lacks .*fc2"):
+        fold(half, 1, mx.float32)
+    name = "model.layers.0.post_attention_layernorm.weight"
+    with pytest.raises(ModelError, match="weights of 0"):
+        fold(tensors | {name: mx.zeros((WIDTH,))}, 1, mx.float32)
+
+
+def test_conversion_takes_them_along(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "bamboo", "float32")
+    weights = mx.load(str(source / "model.safetensors"))
+    names = ("fc1", "fc2")
+    extra = {k: v for k, v in tensors_of(range(4)).items() if any(n in k for n in names)}
+    mx.save_safetensors(str(source / "model.safetensors"), {**weights, **extra})
+    path = convert(source, tmp_path / "flash")
+    directory = ModelDirectory(path)
+    assert list(directory.verify()) == []
+    predictor_file.verify(path / predictor_file.NAME)
+    model = load_model(directory, cache_share=0.3)
+    assert model.flash.selection.kind == "low-rank"
+    logits = model(mx.array([[5, 17, 42]]))
+    assert mx.isfinite(logits).all().item() and model.flash.stats().predicted > 0
+    again = convert(source, tmp_path / "again")
+    one, two = (p / predictor_file.NAME for p in (path, again))
+    assert one.read_bytes() == two.read_bytes()
+    assert convert(source, path, force=True) == path

@@ -1,0 +1,121 @@
+"""The paged model against the dense one: the same logits to the bit, the same tokens."""
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+from mlx_lm import generate as mlx_generate
+from mlx_lm import utils
+from mlx_lm.models.cache import make_prompt_cache
+from support.parity import TOKENS, greedy, logits
+from support.tiny import make_checkpoint
+
+from mlx_flash.conversion.convert import convert
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.models.families import FAMILIES
+from mlx_flash.models.registry import get_classes
+from mlx_flash.runtime.load import load, load_model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_same_as_dense(tmp_path, page_cache, request, family, dtype):
+    """Logits with no layer kept, 30 % and all; tokens with some kept.
+
+    With ``--whole`` (make test-whole) tokens every time: where all are kept the modules are
+    mlx-lm's own, and so are the logits.
+    """
+    talks, count = (0.3,), 96
+    if request.config.getoption("--whole"):
+        talks, count = (0.0, 0.3, 1.0), TOKENS
+    source = make_checkpoint(tmp_path / "hf", family, dtype)
+    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
+    dense, _ = utils.load_model(source, get_model_classes=get_classes)
+    tokens = greedy(dense, count)
+    # gpt2 and baichuan load transposed views, which another kernel sums in another order.
+    dense.update(tree_map(mx.contiguous, dense.parameters()))
+    expected = logits(dense)
+    for share in (0.0, 0.3, 1.0):
+        model = load_model(directory, kept_share=share)
+        assert len(model.flash.plan.kept) == round(share * len(directory.rows.layers))
+        assert mx.array_equal(logits(model), expected), f"logits at share {share}"
+        if share in talks:
+            assert greedy(model, count) == tokens, f"tokens at share {share}"
+        assert (model.flash.stats().misses > 0) == (share < 1)
+        model.flash.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_ten_layers_three_kept(tmp_path, dtype):
+    source = make_checkpoint(tmp_path / "hf", "llama", dtype, layers=10)
+    convert(str(source), tmp_path / "flash")
+    dense, tokenizer = utils.load(str(source))
+    model, _ = load(tmp_path / "flash", kept_share=0.3)
+    assert len(model.flash.plan.kept) == 3
+    assert greedy(model) == greedy(dense)
+    expected = mlx_generate(dense, tokenizer, "Ahoy", max_tokens=16)
+    assert mlx_generate(model, tokenizer, "Ahoy", max_tokens=16) == expected
+
+
+def test_wide_rows_scatter(tmp_path):
+    """Parts of a page and more go to their slots without a copy; the numbers are the same."""
+    source = make_checkpoint(
+        tmp_path / "hf", "llama", "float32", hidden_size=1024, num_attention_heads=8, head_dim=32
+    )
+    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
+    model = load_model(directory, kept_share=0.3)
+    assert model.flash.reader.file.layout.scatters
+    dense, _ = utils.load_model(source)
+    assert mx.array_equal(logits(model), logits(dense))
+    assert greedy(model, 32) == greedy(dense, 32)
+
+
+def test_padded_parts(tmp_path):
+    """d_model 960 in bfloat16 is padded to whole sectors; the padding takes part in nothing."""
+    source = make_checkpoint(
+        tmp_path / "hf", "starcoder2", "bfloat16", hidden_size=960, num_attention_heads=4
+    )
+    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
+    layout = directory.rows.layout
+    assert layout.extents[0] > layout.parts[0].nbytes
+    model = load_model(directory, kept_share=0.0)
+    dense, _ = utils.load_model(source)
+    assert mx.array_equal(logits(model), logits(dense))
+    assert greedy(model, 32) == greedy(dense, 32)
+
+
+def test_prompt_in_chunks(tmp_path):
+    """A prompt longer than the plan's chunk gives the logits of the whole prompt."""
+    source = make_checkpoint(tmp_path / "hf", "llama", "float32")
+    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
+    model = load_model(directory, kept_share=0.0)
+    object.__setattr__(model.flash.plan, "step", 16)
+    dense, _ = utils.load_model(source)
+    prompt = [(7 * i) % 250 + 3 for i in range(75)]
+    cache = make_prompt_cache(model)
+    before = model.flash.stats().forwards
+    found = model(mx.array([prompt]), cache=cache)
+    assert model.flash.stats().forwards - before == 5
+    expected = dense(mx.array([prompt]), cache=make_prompt_cache(dense))
+    assert mx.abs(found - expected).max() < 1e-4
+    assert greedy(model, prompt=prompt) == greedy(dense, prompt=prompt)
+
+
+def test_broken_off_forward(tmp_path):
+    """After a forward pass that stopped half way the next one starts at the first layer again."""
+    source = make_checkpoint(tmp_path / "hf", "llama", "float32")
+    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
+    model = load_model(directory, kept_share=0.0)
+    expected = greedy(model, 8)
+    x = mx.zeros((1, 1, model.args.hidden_size))
+    model.layers[0].mlp(x)
+    model.layers[1].mlp(x)
+    assert greedy(model, 8) == expected
+
+
+def test_dense_of_the_same_directory(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "gemma2", "bfloat16")
+    convert(str(source), tmp_path / "flash")
+    model, _ = load(tmp_path / "flash", use_flash=False)
+    assert not hasattr(model, "flash")
+    dense, _ = utils.load_model(source)
+    assert mx.array_equal(logits(model), logits(dense))

@@ -1,0 +1,102 @@
+"""Policies: what they keep, and that none beats the optimum."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mlx_flash.errors import CacheError
+from mlx_flash.paging.policies import LFU, LRU, POLICIES, Belady, SlidingWindow, make_policy
+from mlx_flash.paging.slot_table import SlotTable
+
+ROWS = 60
+
+
+def trace_of(seed, steps=80, rows=ROWS):
+    """Rows with unlike heat, and a topic that drifts."""
+    rng = np.random.default_rng(seed)
+    heat = rng.random(rows) ** 5
+    trace = []
+    for step in range(steps):
+        topic = np.exp(-(((np.arange(rows) - step / 2) % rows) ** 2) / 40)
+        trace.append(np.flatnonzero(rng.random(rows) < np.maximum(heat, 0.6 * topic)))
+    return trace
+
+
+def hits(trace, policy, capacity, rows=ROWS):
+    table = SlotTable(rows, capacity)
+    return sum(table.update(active, policy).hits for active in trace)
+
+
+def best(trace, capacity, rows):
+    """Most hits of any way to choose what leaves, by trying all."""
+    states = {frozenset(): 0}
+    for active in (frozenset(step.tolist()) for step in trace):
+        following: dict[frozenset, int] = {}
+        for cached, count in states.items():
+            others = cached - active
+            free = capacity - len(active)
+            gained = count + len(cached & active)
+            for kept in itertools.combinations(sorted(others), min(free, len(others))):
+                state = active | frozenset(kept)
+                following[state] = max(following.get(state, 0), gained)
+        states = following
+    return max(states.values())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_belady_is_the_best_there_is(seed):
+    rng = np.random.default_rng(seed)
+    trace = [np.flatnonzero(rng.random(8) < 0.25)[:3] for _ in range(12)]
+    for capacity in (3, 4, 5):
+        assert hits(trace, Belady(8, trace), capacity, 8) == best(trace, capacity, 8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("capacity", [30, 40, 50])
+def test_nobody_beats_belady(seed, capacity):
+    trace = trace_of(seed)
+    optimum = hits(trace, Belady(ROWS, trace), capacity)
+    for name in POLICIES:
+        assert 0 < hits(trace, make_policy(name, ROWS), capacity) <= optimum, name
+
+
+def test_belady_knows_no_more_than_its_trace():
+    policy = Belady(4, [np.array([1])])
+    policy.used(np.array([1]))
+    with pytest.raises(CacheError, match="1 steps"):
+        policy.used(np.array([1]))
+
+
+def test_lru_is_a_window_without_end():
+    trace = trace_of(5)
+    assert hits(trace, LRU(ROWS), 35) == hits(trace, SlidingWindow(ROWS, 10**6), 35)
+
+
+def test_lfu_prefers_what_is_used_often():
+    table, policy = SlotTable(10, 3), LFU(10)
+    for rows in ([1], [1], [1], [2], [3], [4]):
+        table.update(np.array(rows), policy)
+    assert set(table.row_in.tolist()) == {1, 3, 4}
+
+
+def test_lfu_forgets():
+    table, policy = SlotTable(10, 2), LFU(10, half_life=1)
+    for rows in ([1], [1], [1], [2], [2], [3], [2], [4]):
+        table.update(np.array(rows), policy)
+    assert set(table.row_in.tolist()) == {2, 4}
+
+
+@pytest.mark.parametrize("half_life", [0, -1, float("nan")])
+def test_half_lives_that_make_no_sense(half_life):
+    with pytest.raises(CacheError, match="half-life"):
+        LFU(3, half_life)
+
+
+def test_names():
+    assert isinstance(make_policy("window", 5, 7), SlidingWindow)
+    assert make_policy("window", 5, 7).window == 7
+    with pytest.raises(CacheError, match="'fifo'; expected one of window, lru, lfu"):
+        make_policy("fifo", 5)

@@ -1,0 +1,187 @@
+"""Budgets on real directories, contexts, what loading refuses."""
+
+import gc
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import batch_generate, stream_generate
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from support.tiny import make_checkpoint
+
+from mlx_flash import load
+from mlx_flash.common import platform
+from mlx_flash.conversion.convert import convert
+from mlx_flash.errors import BudgetError, FlashError, ModelError
+from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.models.families import FAMILIES
+from mlx_flash.runtime.load import load_model, load_tokenizer
+from mlx_flash.runtime.memory_requirements import kv_bytes, needs_of
+from mlx_flash.storage.reader import RowReader
+
+WIDE = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Sixteen layers of 3 MB, so that budgets have something to choose from."""
+    path = tmp_path_factory.mktemp("model")
+    source = make_checkpoint(path / "hf", "llama", "bfloat16", layers=16, **WIDE)
+    return ModelDirectory(convert(str(source), path / "flash"))
+
+
+def needs(directory, context=64):
+    gc.collect()
+    return needs_of(directory, RowReader(directory.rows), context)
+
+
+def test_budgets_change_what_is_kept_not_the_tokens(directory):
+    texts, kept = set(), []
+    for share in (0.1, 0.6, 1.5):
+        need = needs(directory)
+        ram = int(need.least + share * (need.dense - need.least))
+        model, tokenizer = load(directory.path, ram=ram, context=64)
+        steps = stream_generate(model, tokenizer, [5, 6, 7], max_tokens=24)
+        texts.add(tuple(step.token for step in steps))
+        kept.append(len(model.flash.plan.kept))
+        assert model.flash.plan.total <= ram
+        model.flash.close()
+        del model, steps
+        mx.clear_cache()
+    assert len(texts) == 1
+    assert kept == sorted(set(kept))
+    assert kept[-1] == 16
+
+
+def test_refuses_to_outgrow_the_context(directory):
+    model = load_model(directory, ram=platform.machine() // 2, context=300)
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 200), mx.int32), cache)
+    with pytest.raises(BudgetError, match=r"301 tokens are more than the context of 300"):
+        model(mx.zeros((1, 101), mx.int32), cache)
+    with pytest.raises(BudgetError, match=r"304 tokens"):
+        batch_generate(model, load_tokenizer(directory), [[5] * 39] * 8, max_tokens=10)
+    free = load_model(directory, kept_share=0.5)
+    free(mx.zeros((1, 600), mx.int32), cache=make_prompt_cache(free))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_kv_bytes_cover_the_real_cache(tmp_path, family):
+    source = make_checkpoint(tmp_path / "hf", family, "float32")
+    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
+    model = load_model(directory, kept_share=1.0)
+    cache = make_prompt_cache(model)
+    for _ in range(4):
+        model(mx.ones((1, 75), mx.int32), cache=cache)
+        mx.eval([c.state for c in cache])
+    real = sum(a.nbytes for c in cache for _, a in tree_flatten(c.state) if hasattr(a, "nbytes"))
+    assert real <= kv_bytes(directory, 300) <= 8 * real + 2**20
+
+
+def test_workspace_covers_what_mlx_takes(directory):
+    """Peak memory of a prompt chunk, as MLX counts it, against the plan's figure."""
+    model = load_model(directory, kept_share=1.0, context=512)
+    need = needs(directory, 512)
+    limit = mx.set_cache_limit(0)
+    try:
+        for step in (16, 256):
+            object.__setattr__(model.flash.plan, "step", step)
+            cache = make_prompt_cache(model)
+            model(mx.zeros((1, 256), mx.int32), cache=cache)
+            mx.eval([c.state for c in cache])
+            gc.collect()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            model(mx.zeros((1, 256), mx.int32), cache=cache)
+            mx.eval([c.state for c in cache])
+            grown = kv_bytes(directory, 512)
+            assert mx.get_peak_memory() - before <= need.workspace(step) + grown
+    finally:
+        mx.set_cache_limit(limit)
+
+
+def test_dense_within_a_budget(directory):
+    with pytest.raises(BudgetError, match="the dense model needs"):
+        load(directory.path, ram=needs(directory).dense - 20 * 10**6, use_flash=False, context=64)
+
+
+@pytest.mark.parametrize("ram", ["plenty", "1KB", platform.machine() + 1])
+def test_bad_budgets(directory, ram):
+    with pytest.raises(BudgetError):
+        load(directory.path, ram=ram)
+
+
+def test_bad_shares_and_contexts(directory):
+    with pytest.raises(BudgetError, match="from 0 to 1"):
+        load(directory.path, kept_share=1.5)
+    with pytest.raises(BudgetError, match="at least one token"):
+        load(directory.path, context=0)
+
+
+def test_layer_count_of_the_config_against_the_file(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama", "float32")
+    out = convert(str(source), tmp_path / "flash")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match="3 layers"):
+        load(out)
+
+
+def test_resident_weight_missing(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama", "float32")
+    out = convert(str(source), tmp_path / "flash")
+    weights = mx.load(str(out / "model.safetensors"))
+    weights.pop("model.norm.weight")
+    mx.save_safetensors(str(out / "model.safetensors"), weights)
+    with pytest.raises(FlashError):
+        load(out)
+
+
+def test_errors_derive_from_one_base(tmp_path):
+    with pytest.raises(FlashError, match="no such model directory"):
+        load(tmp_path / "nowhere")
+
+
+def test_footprint_on_both_platforms():
+    assert platform.peak() >= platform.current() * 0.9 > 0
+    assert platform.peak("darwin") * 1024 == pytest.approx(platform.peak("other"), rel=0.1)
+    assert platform.current("darwin") == platform.peak("darwin")
+    assert platform.machine() > platform.peak()
+    platform.trim("darwin")
+
+
+def test_threads_take_turns(directory):
+    """Two threads at once on one paged model give what each gives alone."""
+    model = load_model(directory, kept_share=0.3)
+
+    def run(prompt):
+        stream = mx.new_stream(mx.default_device())
+        return [t for t, _ in generate_step(mx.array(prompt), model, stream, max_tokens=12)]
+
+    prompts = [[5, 6, 7], [90, 8, 33, 2]]
+    alone = [run(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, prompts)) == alone
+
+
+def test_refused_loads_let_go_of_the_file(directory):
+    before = len(list(Path("/dev/fd").iterdir()))
+    for _ in range(5):
+        with pytest.raises(BudgetError):
+            load(directory.path, ram="1MB")
+    gc.collect()
+    assert len(list(Path("/dev/fd").iterdir())) <= before
+
+
+def test_config_that_was_changed(tmp_path):
+    source = make_checkpoint(tmp_path / "hf", "llama", "float32")
+    out = convert(str(source), tmp_path / "flash")
+    config = json.loads((out / "config.json").read_text())
+    del config["hidden_size"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FlashError, match="hidden_size"):
+        load(out)

