@@ -38,7 +38,7 @@ from mlx_flash.models import families
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_plan import SparseNeeds
+from mlx_flash.runtime.memory_plan import PagingRequirements
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ("opt-austen", "llama-relu-austen")
@@ -233,7 +233,7 @@ def capacities(rows: int, layers: list[Trace], share: float, by_demand: bool) ->
         for t in layers
     ]
     count = len(layers)
-    needs = SparseNeeds((0,) * count, (1,) * count, (rows,) * count, tuple(demand), 0)
+    needs = PagingRequirements((0,) * count, (1,) * count, (rows,) * count, tuple(demand), 0)
     return list(needs.capacities(round(share * rows * count)))
 
 

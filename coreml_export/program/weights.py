@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from coreml_export.errors import ExportError
-from coreml_export.quantization.formats import Packed, pack
+from coreml_export.quantization.formats import QuantizedRows, pack
 from coreml_export.quantization.recipes import Recipe, scheme_of
 from coreml_export.source.decoder_spec import Decoder, Tensor, column_slices, tensors
 from coreml_export.source.weights_source import Source
@@ -48,9 +48,9 @@ class Weights:
         codes: Known | None = None,
     ) -> None:
         self.source, self.recipe, self.progress, self.codes = source, recipe, progress, codes
-        self._packed: dict[str, Packed] = {}
+        self._packed: dict[str, QuantizedRows] = {}
 
-    def packed(self, tensor: Tensor) -> Packed:
+    def packed(self, tensor: Tensor) -> QuantizedRows:
         """A tensor as it is stored."""
         if tensor.key not in self._packed:
             array = self.read(tensor)

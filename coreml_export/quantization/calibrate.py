@@ -24,7 +24,7 @@ from coreml_export.source.decoder_spec import Decoder, Tensor, column_slices, te
 from coreml_export.source.weights_source import Source
 
 from .channel_scaling import Finder, Scales, folds
-from .formats import Packed
+from .formats import QuantizedRows
 from .gptq import compensated
 from .recipes import Recipe, scheme_of
 
@@ -37,7 +37,7 @@ FIRST, APART = 60_000, 9_600  # letters of Persuasion; the report's text comes l
 
 
 class Codes:
-    """Packed tensors on disk.
+    """QuantizedRows tensors on disk.
 
     Args:
         path: a directory that is there.
@@ -47,14 +47,14 @@ class Codes:
         self._path = path
         self._files: dict[tuple[str, tuple[int, int] | None], Path] = {}
 
-    def put(self, name: str, columns: tuple[int, int] | None, packed: Packed) -> None:
+    def put(self, name: str, columns: tuple[int, int] | None, packed: QuantizedRows) -> None:
         """Keep what a tensor, or some of its columns, is stored as."""
         file = self._path / f"{len(self._files)}.npz"
         scale = {} if packed.scale is None else {"scale": packed.scale}
         np.savez(file, scheme=packed.scheme, data=packed.data, **scale)
         self._files[name, columns] = file
 
-    def packed(self, tensor: Tensor) -> Packed | None:
+    def packed(self, tensor: Tensor) -> QuantizedRows | None:
         """What a tensor is stored as; None where nothing was kept."""
         file = self._files.get((tensor.name, tensor.columns))
         if file is None:
@@ -63,10 +63,10 @@ class Codes:
             data, scale = found["data"], found.get("scale")
             scheme = str(found["scheme"])
         if scale is None:
-            return Packed(scheme, data)
+            return QuantizedRows(scheme, data)
         if tensor.rows is not None:
             data, scale = data[tensor.rows], scale[tensor.rows]
-        return Packed(scheme, data, scale)
+        return QuantizedRows(scheme, data, scale)
 
 
 def calibrate(
@@ -93,7 +93,7 @@ def calibrate(
     head = decoder.head.weight
     scales = scaling(source, decoder, schemes, out, outside)
     for name, divisor in scales.norms():
-        packed = Packed("fp16", (source.take(name) / divisor).astype(np.float16))
+        packed = QuantizedRows("fp16", (source.take(name) / divisor).astype(np.float16))
         codes.put(name, None, packed)
 
     def take(name: str, x: mx.array) -> np.ndarray:

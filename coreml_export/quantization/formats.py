@@ -20,7 +20,7 @@ INT4_FACTORS = (1.0, 0.92, 0.84)  # of the scale that just holds the largest num
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedRows:
     """One tensor as it is stored.
 
     Args:
@@ -60,10 +60,10 @@ class Packed:
         return whole.reshape(self.data.shape).astype(np.float16).astype(np.float32)
 
 
-def pack(array: np.ndarray, scheme: str) -> Packed:
+def pack(array: np.ndarray, scheme: str) -> QuantizedRows:
     """A float32 array under a scheme; matrices only, but for fp16."""
     if scheme == "fp16":
-        return Packed("fp16", array.astype(np.float16))
+        return QuantizedRows("fp16", array.astype(np.float16))
     pieces = [_pack(piece, scheme) for piece in _pieces(array, scheme)]
     joined = [
         np.concatenate([getattr(p, name) for p in pieces])
@@ -71,7 +71,7 @@ def pack(array: np.ndarray, scheme: str) -> Packed:
         else None
         for name in ("data", "scale", "lut")
     ]
-    return Packed(scheme, *joined)
+    return QuantizedRows(scheme, *joined)
 
 
 def _pieces(array: np.ndarray, scheme: str) -> list[np.ndarray]:
@@ -81,7 +81,7 @@ def _pieces(array: np.ndarray, scheme: str) -> list[np.ndarray]:
     return [array[i : i + rows] for i in range(0, len(array), rows)]
 
 
-def _pack(array: np.ndarray, scheme: str) -> Packed:
+def _pack(array: np.ndarray, scheme: str) -> QuantizedRows:
     if scheme == "int8":
         return _int8(array)
     if scheme == "int4":
@@ -89,10 +89,10 @@ def _pack(array: np.ndarray, scheme: str) -> Packed:
     return _palette(array)
 
 
-def _int8(array: np.ndarray) -> Packed:
+def _int8(array: np.ndarray) -> QuantizedRows:
     scale = _safe(np.abs(array).max(axis=1, keepdims=True) / 127)
     codes = np.clip(np.rint(array / scale.astype(np.float32)), -127, 127)
-    return Packed("int8", codes.astype(np.int8), scale)
+    return QuantizedRows("int8", codes.astype(np.int8), scale)
 
 
 def _safe(scale: np.ndarray) -> np.ndarray:
@@ -100,7 +100,7 @@ def _safe(scale: np.ndarray) -> np.ndarray:
     return np.maximum(scale, TINY).astype(np.float16)
 
 
-def _int4(array: np.ndarray) -> Packed:
+def _int4(array: np.ndarray) -> QuantizedRows:
     """The scale, of a few that are tried for each block, that leaves the least square error.
 
     The number of largest size becomes -8, whichever sign it has: scales may be negative.
@@ -127,10 +127,10 @@ def _int4(array: np.ndarray) -> Packed:
         scale = np.where(better, trial, scale)
         np.copyto(codes, found, where=better)
     shape = (array.shape[0], array.shape[1] // BLOCK)
-    return Packed("int4", codes.astype(np.int8).reshape(array.shape), scale.reshape(shape))
+    return QuantizedRows("int4", codes.astype(np.int8).reshape(array.shape), scale.reshape(shape))
 
 
-def _palette(array: np.ndarray) -> Packed:
+def _palette(array: np.ndarray) -> QuantizedRows:
     """Sixteen values for each group of rows by Lloyd's iteration from evenly spread quantiles."""
     groups = array.reshape(-1, PALETTE_ROWS * array.shape[1])
     ordered = np.sort(groups, axis=1)
@@ -153,4 +153,4 @@ def _palette(array: np.ndarray) -> Packed:
     indices = np.empty(groups.shape, np.uint8)
     for g in range(len(groups)):
         indices[g] = np.searchsorted(middle[g], groups[g])
-    return Packed("palette4", indices.reshape(array.shape), None, lut.reshape(-1, 1, 16, 1))
+    return QuantizedRows("palette4", indices.reshape(array.shape), None, lut.reshape(-1, 1, 16, 1))

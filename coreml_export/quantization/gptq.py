@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .formats import BLOCK, TINY, Packed
+from .formats import BLOCK, TINY, QuantizedRows
 
 DAMPING = 0.01  # of H's mean diagonal, added to it
 ROWS = 8192  # worked on at once
@@ -27,7 +27,7 @@ FACTORS = {"int4": np.linspace(1.0, 0.7, 7), "int8": np.linspace(1.0, 0.8, 5)}
 
 def compensated(
     array: np.ndarray, moments: np.ndarray, scheme: str, edges: Sequence[int]
-) -> list[Packed]:
+) -> list[QuantizedRows]:
     """A matrix [out, in] in few bits, cut along its input.
 
     Args:
@@ -60,7 +60,7 @@ def compensated(
     for a, b in itertools.pairwise(edges):
         within = [n for n, start in enumerate(starts) if a <= start < b]
         whole = np.ascontiguousarray(codes[:, a:b]), np.ascontiguousarray(scales[:, within])
-        found.append(Packed(scheme, *whole))
+        found.append(QuantizedRows(scheme, *whole))
     return found
 
 

@@ -23,7 +23,7 @@ from mlx_flash.model_directory.config import read_config
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.models.dtypes import DTYPES
-from mlx_flash.models.quantized_rows import Scheme, rows_of, scheme
+from mlx_flash.models.quantized_rows import QuantScheme, rows_of, scheme
 from mlx_flash.models.registry import make_model
 
 
@@ -188,7 +188,7 @@ class _DirectoryTensors:
         shapes = families.weight_shapes(self._directory.ffn, rows, d_model)
         return shapes[self._places[name][2]]
 
-    def _scheme(self, base: str) -> Scheme:
+    def _scheme(self, base: str) -> QuantScheme:
         own = self._default.get(base) if self._default else None
         return scheme(own if isinstance(own, dict) else self._default)
 
@@ -246,7 +246,7 @@ def _load(shard: Path) -> dict[str, mx.array]:
         raise DamagedError(f"{shard} cannot be read: {error}; copy it again") from error
 
 
-def _floats(arrays: dict[str, mx.array], base: str, packing: Scheme) -> mx.array:
+def _floats(arrays: dict[str, mx.array], base: str, packing: QuantScheme) -> mx.array:
     scales = [arrays[f"{base}.{s}"] for s in packing.suffixes]
     return mx.dequantize(arrays[f"{base}.weight"], *scales, **packing.kwargs())
 

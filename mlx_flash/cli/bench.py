@@ -73,11 +73,11 @@ def run_bench(args: argparse.Namespace) -> int:
         )
     from mlx_flash.common import platform
     from mlx_flash.performance import bench
-    from mlx_flash.performance.budget_forecast import Outlook
+    from mlx_flash.performance.budget_forecast import BudgetForecast
 
     window = DEFAULT_WINDOW if args.window is None else args.window
     context = args.context or length + 2
-    outlook = Outlook(directory, context, args.predictor, args.policy, window)
+    outlook = BudgetForecast(directory, context, args.predictor, args.policy, window)
     settings = bench.Settings(
         args.model, args.prompt_tokens, args.gen_tokens, args.repeats, context, args.predictor,
         args.policy, window,

@@ -71,10 +71,10 @@ def run_plan(args: argparse.Namespace) -> int:
     from mlx_flash.model_directory.directory import ModelDirectory
 
     directory = ModelDirectory(args.model)
-    from mlx_flash.performance.budget_forecast import Outlook
+    from mlx_flash.performance.budget_forecast import BudgetForecast
 
     window = DEFAULT_WINDOW if args.window is None else args.window
-    outlook = Outlook(directory, args.context, args.predictor, args.policy, window)
+    outlook = BudgetForecast(directory, args.context, args.predictor, args.policy, window)
     outlook.plan(ram)  # before anything is measured: too small a budget is an error
     outlook.measure(ram, args.remeasure, Note())
     found = describe(outlook, ram)

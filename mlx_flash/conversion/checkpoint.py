@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_flash.errors import ModelError
 from mlx_flash.models.dtypes import FLOATS
-from mlx_flash.models.quantized_rows import Scheme
+from mlx_flash.models.quantized_rows import QuantScheme
 
 
 class Checkpoint(Protocol):
@@ -29,7 +29,7 @@ class Checkpoint(Protocol):
     dtypes: dict[str, mx.Dtype]
     fingerprint: str
     predictors: dict[str, mx.array]
-    row_scheme: Scheme | None  # how neurons' down columns are to be quantised, gate and up are
+    row_scheme: QuantScheme | None  # how neurons' down columns are to be quantised, gate and up are
 
     def take(self, name: str) -> mx.array:
         """One tensor, evaluated; each name once."""
@@ -50,7 +50,7 @@ class Packing:
     """
 
     dtype: str | None = None
-    scheme: Scheme | None = None
+    scheme: QuantScheme | None = None
     recipe: str | None = None
     dequantize: bool = False
 

@@ -30,7 +30,7 @@ from mlx_flash.model_directory.config import (
     FORMAT_VERSION,
     ROW_FILE,
     config_sha256,
-    find_place,
+    locate_ffn,
     write_config,
 )
 from mlx_flash.models.dtypes import CODES, DTYPES
@@ -119,7 +119,7 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
-        place = find_place(checkpoint.config, Path(name))
+        place = locate_ffn(checkpoint.config, Path(name))
         self.rows = plan_rows(checkpoint, *place)
         resident = sorted(checkpoint.shapes.keys() - self.rows.tensors)
         self.shards = _shards(checkpoint, resident)

@@ -17,11 +17,11 @@ from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.errors import DamagedError, ModelError
-from mlx_flash.model_directory.config import find_place, read_config
+from mlx_flash.model_directory.config import locate_ffn, read_config
 from mlx_flash.models import families
 from mlx_flash.models.dtypes import FLOATS
 from mlx_flash.models.families import Ffn, rowwise
-from mlx_flash.models.quantized_rows import Scheme, scheme
+from mlx_flash.models.quantized_rows import QuantScheme, scheme
 from mlx_flash.models.registry import make_model
 
 from .adapter import Adapter
@@ -51,7 +51,7 @@ class HFCheckpoint:
             self.config = adapter.adapted_config(self.config)
         self._dtype = FLOATS[packing.dtype] if packing.dtype else None
         _refuse_unfit(path, self.config)
-        ffn, _ = find_place(self.config, path)
+        ffn, _ = locate_ffn(self.config, path)
         with _naming(path):
             quantization = found_in(self.config)
         try:
@@ -67,7 +67,7 @@ class HFCheckpoint:
                     f"{path} is quantised ({scheme(quantization)}) and an adapter changes floats; "
                     "add --dequantize, or convert the float checkpoint"
                 )
-        self.row_scheme: Scheme | None = None
+        self.row_scheme: QuantScheme | None = None
         with _naming(path):
             if quantization:
                 if packing.scheme:

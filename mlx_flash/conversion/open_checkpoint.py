@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm import utils
 
 from mlx_flash.errors import ModelError
-from mlx_flash.models.quantized_rows import Scheme
+from mlx_flash.models.quantized_rows import QuantScheme
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint, Packing
@@ -80,7 +80,7 @@ class AdaptedCheckpoint:
         self.dtypes = base.dtypes | dict.fromkeys(adapter.added, self._float)
         self.fingerprint = base.fingerprint + adapter.sha256[:16]
         self.predictors: dict[str, mx.array] = {}
-        self.row_scheme: Scheme | None = None
+        self.row_scheme: QuantScheme | None = None
 
     def take(self, name: str) -> mx.array:
         if name in self._base.shapes:

@@ -18,12 +18,12 @@ from mlx_lm import utils
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from mlx_flash.errors import ModelError
-from mlx_flash.models.quantized_rows import SUFFIXES, Packed, Scheme, scheme
+from mlx_flash.models.quantized_rows import SUFFIXES, QuantizedRows, QuantScheme, scheme
 
 FOREIGN = {"mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}  # quant_method -> mlx-lm's own
 
 
-def scheme_of(config: Mapping[str, Any], path: str) -> Scheme:
+def scheme_of(config: Mapping[str, Any], path: str) -> QuantScheme:
     """What a config with the quantisation of ``quantise_modules`` says of the module at a path."""
     quantization = config["quantization"]
     return scheme(quantization.get(path) or quantization)
@@ -141,5 +141,5 @@ def dequantised(weights: Mapping[str, mx.array], config: Mapping[str, Any]) -> d
         arrays = tuple(weights[f"{path}.{name}"] for name in ("weight", *scheme.suffixes))
         scales = arrays[1].dtype
         dtype = scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
-        found[f"{path}.weight"] = Packed(arrays, scheme).floats(dtype)
+        found[f"{path}.weight"] = QuantizedRows(arrays, scheme).floats(dtype)
     return found

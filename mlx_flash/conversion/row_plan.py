@@ -22,7 +22,7 @@ from mlx_flash.models import families, mixtures
 from mlx_flash.models.dtypes import CODES, DTYPES, UNITS
 from mlx_flash.models.families import Ffn, projections, weight_shapes
 from mlx_flash.models.mixtures import Mixture
-from mlx_flash.models.quantized_rows import SUFFIXES, Scheme
+from mlx_flash.models.quantized_rows import SUFFIXES, QuantScheme
 from mlx_flash.models.registry import make_model
 from mlx_flash.storage.row_layout import RowLayout
 
@@ -54,7 +54,7 @@ class RowPlan:
     rows: list[int]
     layouts: list[RowLayout]
     dtype: str
-    scheme: Scheme | None = None
+    scheme: QuantScheme | None = None
     fused: bool = False
 
     @property

@@ -54,7 +54,7 @@ def _untagged(value: dict[str, Any]) -> Any:
     return value
 
 
-def find_place(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture | None]:
+def locate_ffn(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture | None]:
     """Where a directory's model keeps its FFN: in the table of dense families, or of mixtures.
 
     One of the two is None. Errors name the file.

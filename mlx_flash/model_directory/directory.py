@@ -15,10 +15,10 @@ from mlx_flash.common.files import sha256_of
 from mlx_flash.errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import Ffn
-from mlx_flash.models.quantized_rows import Scheme, scheme
+from mlx_flash.models.quantized_rows import QuantScheme, scheme
 from mlx_flash.storage.row_file import RowFile
 
-from .config import FORMAT_VERSION, config_sha256, find_place, read_config
+from .config import FORMAT_VERSION, config_sha256, locate_ffn, read_config
 
 
 class ModelDirectory:
@@ -44,7 +44,7 @@ class ModelDirectory:
                 f"{self.path} has format version {flash.get('format_version')!r}, this version of "
                 f"mlx_flash reads {FORMAT_VERSION}; update mlx_flash or convert the model again"
             )
-        self._ffn, self.mixture = find_place(self.config, self.path)
+        self._ffn, self.mixture = locate_ffn(self.config, self.path)
         try:
             self.files: dict[str, dict[str, Any]] = {
                 str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
@@ -55,7 +55,7 @@ class ModelDirectory:
             self.unit = str(flash["unit"])
             self.dtype = DTYPES[flash["dtype"]]
             packing = flash["quantization"]
-            self.scheme: Scheme | None = scheme(packing) if packing else None
+            self.scheme: QuantScheme | None = scheme(packing) if packing else None
             self._config_sha256: str = flash["config_sha256"]
         except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
             raise ModelError(

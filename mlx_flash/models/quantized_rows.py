@@ -1,4 +1,4 @@
-"""Packed numbers: the schemes of MLX's quantisation, and matmuls with rows that are packed or not.
+"""Quantised rows: the schemes of MLX's quantisation, and matmuls with rows that are packed or not.
 
 Knows: bits, groups, modes. Does not know: configs beyond one entry, files, families, mlx-lm.
 """
@@ -18,7 +18,7 @@ DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32)}  # mode -> bi
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QuantScheme:
     """One way of packing numbers: ``bits`` each, a scale for every ``group_size`` of them."""
 
     bits: int
@@ -66,7 +66,7 @@ class Scheme:
         return dtype if self.mode == "affine" else "U8"
 
     def quantize(self, array: mx.array) -> list[mx.array]:
-        """Packed numbers, scales and, if affine, biases of an array, groups along its last axis."""
+        """Codes, scales and, if affine, biases of an array, groups along its last axis."""
         found = mx.quantize(array, self.group_size, self.bits, mode=self.mode)
         mx.eval(found)
         return list(found)
@@ -80,11 +80,11 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedRows:
     """Quantised rows: packed numbers [n, words], scales and, if affine, biases [n, groups]."""
 
     arrays: tuple[mx.array, ...]
-    scheme: Scheme
+    scheme: QuantScheme
 
     @property
     def nbytes(self) -> int:
@@ -104,17 +104,17 @@ class Packed:
         return mx.dequantize(weight, *scales, **self.scheme.kwargs()).astype(dtype)
 
 
-Rows = mx.array | Packed
+Rows = mx.array | QuantizedRows
 
 
-def rows_of(arrays: Mapping[str, mx.array], part: str, scheme: Scheme | None) -> Rows:
+def rows_of(arrays: Mapping[str, mx.array], part: str, scheme: QuantScheme | None) -> Rows:
     """One part of rows, packed if there is a scheme, out of arrays by the names of parts."""
     if scheme is None:
         return arrays[part]
-    return Packed((arrays[part], *(arrays[f"{part}.{s}"] for s in scheme.suffixes)), scheme)
+    return QuantizedRows((arrays[part], *(arrays[f"{part}.{s}"] for s in scheme.suffixes)), scheme)
 
 
-def part_names(part: str, scheme: Scheme | None) -> list[str]:
+def part_names(part: str, scheme: QuantScheme | None) -> list[str]:
     """What a part of a row is called in a row's layout, with its scales."""
     return [part, *(f"{part}.{s}" for s in scheme.suffixes)] if scheme else [part]
 
@@ -124,24 +124,24 @@ def without(names: Sequence[str], part: str | None) -> list[str]:
     return [name for name in names if name.split(".")[0] != part]
 
 
-def scheme(entry: Mapping[str, Any]) -> Scheme:
+def scheme(entry: Mapping[str, Any]) -> QuantScheme:
     """A scheme from an entry of a config.
 
     Raises:
         ModelError: MLX has no such scheme.
     """
     try:
-        return Scheme(entry["bits"], entry["group_size"], entry.get("mode", "affine"))
+        return QuantScheme(entry["bits"], entry["group_size"], entry.get("mode", "affine"))
     except (KeyError, TypeError) as error:
         raise ModelError(f"a quantisation that makes no sense: {dict(entry)!r:.200}") from error
 
 
-def request(bits: int | None, group_size: int | None, mode: str = "affine") -> Scheme:
+def request(bits: int | None, group_size: int | None, mode: str = "affine") -> QuantScheme:
     """The scheme asked for, with the mode's defaults."""
     if mode not in DEFAULTS:
         raise ModelError(f"quantisation mode {mode!r}; expected one of {', '.join(DEFAULTS)}")
     default_bits, default_group = DEFAULTS[mode]
-    return Scheme(
+    return QuantScheme(
         default_bits if bits is None else bits,
         default_group if group_size is None else group_size,
         mode,

@@ -68,7 +68,7 @@ class FlashSwitch(nn.Module):
             y = self._in_rounds(x, chosen, wanted, args, kwargs)
         else:
             y = self._from_slots(x, chosen, wanted, args, kwargs)
-            self._cache.built(y)
+            self._cache.retain_until_evaluated(y)
             mx.async_eval(y)
         if guess is not None and self._ahead:
             self._ahead.cache.foretell(np.unique(np.array(guess, copy=False)))
@@ -79,7 +79,7 @@ class FlashSwitch(nn.Module):
     ) -> mx.array:
         """Of few tokens, what slots hold is computed while the rest is read."""
         cache = self._cache
-        with cache.sound():
+        with cache.invalidate_on_error():
             coming = cache.begin(wanted)
             bind_arrays(self.switch, cache.memory.arrays)
             slots = cache.table.slot_of[chosen].astype(np.uint32)
@@ -110,12 +110,12 @@ class FlashSwitch(nn.Module):
         """The tokens of some experts after those of others, put in order at the end."""
         tokens, pairs = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
         outputs, order = [], []
-        for experts, arrays in self._stream.pieces(self.layer, wanted, self._cache):
+        for experts, arrays in self._stream.stream_chunks(self.layer, wanted, self._cache):
             token, choice = np.nonzero(np.isin(pairs, experts))
             slots = np.searchsorted(experts, pairs[token, choice]).astype(np.uint32)
             bind_arrays(self.switch, arrays)
             y = self.switch(tokens[mx.array(token)], mx.array(slots[:, None]), *args, **kwargs)
-            self._stream.built(y)
+            self._stream.retain_until_evaluated(y)
             outputs.append(y.squeeze(-2))
             order.append(token * pairs.shape[1] + choice)
         return _in_order(outputs, np.concatenate(order), chosen.shape)

@@ -73,12 +73,12 @@ class RowCache:
     def fetch(self, active: np.ndarray) -> np.ndarray:
         """Read active rows (sorted, distinct) into slots; returns a bool mask of those in slots.
 
-        What was built on the slots (see ``built``) is evaluated before any of them changes.
+        What was built on the slots (``retain_until_evaluated``) is evaluated before any changes.
         Raises CacheError for what are no rows, ReadError when the disk fails; after a failed read
         the cache is empty.
         """
         self.table.check(active)
-        with self.sound():
+        with self.invalidate_on_error():
             inside, update = self._make_room(active)
             began = time.perf_counter()
             self._ask_for_begun(active)
@@ -94,11 +94,11 @@ class RowCache:
     def begin(self, active: np.ndarray) -> np.ndarray:
         """Begin to fetch active rows, no more than there are slots, and return while they come.
 
-        Until ``finish`` those that are returned may not be computed from, the others may. Both
-        belong inside ``sound``: what comes between them must not be broken off in silence.
+        Rows returned are still loading and must not be read before ``finish``. Call both inside
+        ``invalidate_on_error``, so that an exception in between invalidates the cache.
         """
         self.table.check(active)
-        with self.sound():
+        with self.invalidate_on_error():
             _, update = self._make_room(active)
             self.misses += int(update.load_rows.size)
             foretold = [
@@ -113,7 +113,7 @@ class RowCache:
 
     def finish(self) -> None:
         """Wait for what was begun; raises like ``fetch``."""
-        with self.sound():
+        with self.invalidate_on_error():
             self._arrive(time.perf_counter())
 
     def foretell(self, rows: np.ndarray) -> None:
@@ -131,7 +131,7 @@ class RowCache:
         self._foretold = set(missing.tolist())
         if not missing.size:
             return
-        with self.sound():
+        with self.invalidate_on_error():
             update = self._change(rows)
             for row, slot in zip(update.load_rows, update.load_slots, strict=True):
                 self._pending[int(row)] = self._read(np.array([row]), np.array([slot]), True)
@@ -159,16 +159,16 @@ class RowCache:
         self._coming.clear()
         self.wait_seconds += time.perf_counter() - began
 
-    def claim(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def reserve(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Make room for active rows (sorted, distinct) that the caller reads itself.
 
         Returns:
             (slots of those that are here, -1 for the others; slots that the others are to be
             copied to once they are read, -1 for those that pass by). Both int [n]. Until that is
-            done the caller stays inside ``sound``.
+            done the caller stays inside ``invalidate_on_error``.
         """
         self.table.check(active)
-        with self.sound():
+        with self.invalidate_on_error():
             here = self.table.slot_of[active] >= 0
             self._make_room(active)
             self._ask_for_begun(active)
@@ -215,7 +215,7 @@ class RowCache:
                 del self._pending[row]
 
     @contextmanager
-    def sound(self) -> Iterator[None]:
+    def invalidate_on_error(self) -> Iterator[None]:
         """Whatever fails inside, the cache is empty after that: no slot can be trusted."""
         try:
             yield
@@ -237,7 +237,7 @@ class RowCache:
         """Whether the slots hold the rows of the last tokens and no others."""
         return isinstance(self.policy, SlidingWindow)
 
-    def built(self, *arrays: mx.array) -> None:
+    def retain_until_evaluated(self, *arrays: mx.array) -> None:
         """Say which lazy arrays still read the slots."""
         self._built_on.extend(arrays)
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flash.models.families import Ffn, projections
-from mlx_flash.models.quantized_rows import Packed, Rows, Scheme, rows_of
+from mlx_flash.models.quantized_rows import QuantizedRows, QuantScheme, Rows, rows_of
 
 from .slot_memory import SlotMemory
 
@@ -71,7 +71,7 @@ class RowLinear(nn.Module):
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
     def _forward(self, x: mx.array, rows: Rows, part: int) -> mx.array:
-        if isinstance(rows, Packed):
+        if isinstance(rows, QuantizedRows):
             y = rows.matmul(x, transpose=True)
             return y + self._bias(part) if "bias" in self else y
         if padding := rows.shape[-1] - self.d_model:
@@ -86,7 +86,7 @@ class RowLinear(nn.Module):
         return mx.split(self.bias, self.parts)[part][self._index]
 
     def _down(self, x: mx.array, rows: Rows) -> mx.array:
-        if isinstance(rows, Packed):
+        if isinstance(rows, QuantizedRows):
             y = rows.matmul(x.astype(mx.float32) if self._partial else x, transpose=False)
             return y + self.bias if "bias" in self and not self._partial else y
         if self._partial:
@@ -110,7 +110,7 @@ def use_rows(mlp: nn.Module, ffn: Ffn) -> None:
             mlp[name] = RowLinear(mlp[name], transposed=part == "down", parts=parts)
 
 
-def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory, scheme: Scheme | None = None) -> None:
+def bind(mlp: nn.Module, ffn: Ffn, memory: SlotMemory, scheme: QuantScheme | None = None) -> None:
     """Let a module made by ``use_rows`` compute from all rows in ``memory``."""
     for part, name in projections(ffn).items():
         fused = name == ffn.fused
@@ -156,7 +156,7 @@ class PackedRows(nn.Module):
         scheme: how rows are packed.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+    def __init__(self, linear: nn.Linear, scheme: QuantScheme) -> None:
         super().__init__()
         d_model, rows = linear.weight.shape
         found = mx.quantize(
@@ -171,5 +171,5 @@ class PackedRows(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         arrays = tuple(self[name] for name in ("weight", *self._scheme.suffixes))
-        y = Packed(arrays, self._scheme).matmul(x, transpose=False)
+        y = QuantizedRows(arrays, self._scheme).matmul(x, transpose=False)
         return y + self.bias if "bias" in self else y

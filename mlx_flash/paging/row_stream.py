@@ -108,7 +108,7 @@ class RowStream:
         """Rows of a layer that fit one buffer."""
         return self.capacities[self._reader.file.layers[layer].layout]
 
-    def pieces(
+    def stream_chunks(
         self, layer: int, rows: np.ndarray, cache: RowCache | None
     ) -> Iterator[tuple[np.ndarray, dict[str, mx.array]]]:
         """(row numbers, part -> [n, width]) piece by piece.
@@ -121,10 +121,10 @@ class RowStream:
         self.forget()
         size = self.capacity(layer)
         todo: list[_Piece] = []
-        with cache.sound() if cache else contextlib.nullcontext():
+        with cache.invalidate_on_error() if cache else contextlib.nullcontext():
             try:
                 if cache:
-                    here, keep = cache.claim(rows)
+                    here, keep = cache.reserve(rows)
                 else:
                     here = keep = np.full(rows.size, -1)
                 todo += [
@@ -153,7 +153,7 @@ class RowStream:
     def _buffer(self, layer: int) -> SlotMemory:
         return self._buffers[self._turn][self._reader.file.layers[layer].layout]
 
-    def built(self, result: mx.array) -> None:
+    def retain_until_evaluated(self, result: mx.array) -> None:
         """Say which lazy array reads the piece handed out last; it is set going."""
         mx.async_eval(result)
         self._built_on[self._handed_out].append(result)
@@ -161,7 +161,7 @@ class RowStream:
     def foretell(self, layer: int, rows: np.ndarray, cache: RowCache) -> None:
         """Begin to fill the next buffer with rows (sorted, distinct) that may be asked for next.
 
-        No slot changes; the rows wait in the buffer for ``gathered`` of the same layer, and are
+        No slot changes; the rows wait in the buffer for ``gather`` of the same layer, and are
         forgotten when anything else is asked for. More rows than a buffer holds are not foretold.
         """
         self.forget()
@@ -191,7 +191,7 @@ class RowStream:
             self._reader.drop(ahead.reads)
 
     @contextlib.contextmanager
-    def gathered(
+    def gather(
         self, layer: int, rows: np.ndarray, cache: RowCache
     ) -> Iterator[tuple[np.ndarray, dict[str, mx.array]]]:
         """(row numbers, part -> [n, width]) of rows that fit one buffer, and what was foretold.
@@ -207,8 +207,8 @@ class RowStream:
             if ahead and not self._fits(ahead, layer, rows):
                 self._reader.drop(reads)
                 ahead, reads = None, []
-            with cache.sound():
-                here, keep = cache.claim(rows)
+            with cache.invalidate_on_error():
+                here, keep = cache.reserve(rows)
                 buffer = self._buffer(layer)
                 if ahead is None:
                     self._free()

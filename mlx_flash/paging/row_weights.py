@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_flash.models.dtypes import DTYPES, UNITS
 from mlx_flash.models.families import Ffn, projections, weight_shapes
-from mlx_flash.models.quantized_rows import Rows, Scheme, part_names, rows_of
+from mlx_flash.models.quantized_rows import QuantScheme, Rows, part_names, rows_of
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import RowFile
 
@@ -30,7 +30,9 @@ def bind_arrays(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
 CHUNK_BYTES = 4 << 20
 
 
-def resident_part(reader: RowReader, layer: int, part: str, scheme: Scheme | None = None) -> Rows:
+def resident_part(
+    reader: RowReader, layer: int, part: str, scheme: QuantScheme | None = None
+) -> Rows:
     """One part of every row of a layer, [rows, d_model], read from the row file."""
     layout, rows = reader.file.layout, reader.file.layers[layer].rows
     names = part_names(part, scheme)

@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_flash.errors import FlashError
 from mlx_flash.models.families import Ffn
-from mlx_flash.models.quantized_rows import Rows, Scheme, rows_of
+from mlx_flash.models.quantized_rows import QuantScheme, Rows, rows_of
 from mlx_flash.predictors.predictor import Prediction, Predictor, ResidentPart
 
 from .prefetch import Foresight
@@ -70,7 +70,7 @@ class SparseMLP(nn.Module):
         cache: RowCache,
         stream: RowStream,
         stats: SparseStats,
-        scheme: Scheme | None = None,
+        scheme: QuantScheme | None = None,
         foresight: Foresight | None = None,
     ) -> None:
         super().__init__()
@@ -116,11 +116,11 @@ class SparseMLP(nn.Module):
         """The FFN over predicted rows and those that were foretold; then the next layer's turn."""
         stream, cache = self._stream, self._cache
         began, waited = time.perf_counter(), stream.wait_seconds
-        with stream.gathered(self.layer, rows, cache) as (order, arrays):
+        with stream.gather(self.layer, rows, cache) as (order, arrays):
             index = mx.array(order.astype(np.int32))
             bind_some(self.mlp, self._ffn, self._rows(arrays), index, None)
             y = self.mlp(x, *args, **kwargs)
-            stream.built(y)
+            stream.retain_until_evaluated(y)
             waited = stream.wait_seconds - waited
             self._stats.manage_seconds += time.perf_counter() - began - waited
         if self._foresight and x.size == x.shape[-1]:
@@ -150,7 +150,7 @@ class SparseMLP(nn.Module):
         waited = cache.wait_seconds - waited
         self._stats.manage_seconds += time.perf_counter() - began - waited
         y = self.mlp(x, *args, **kwargs)
-        cache.built(y)
+        cache.retain_until_evaluated(y)
         return y
 
     def _rows(self, arrays: dict[str, mx.array]) -> dict[str, Rows]:
@@ -179,7 +179,7 @@ class SparseMLP(nn.Module):
         many = not 0 < rows.size <= stream.capacity(self.layer)
         total: mx.array | None = None
         began, waited = time.perf_counter(), stream.wait_seconds
-        for piece, arrays in stream.pieces(self.layer, rows, cache):
+        for piece, arrays in stream.stream_chunks(self.layer, rows, cache):
             index = mx.array(piece.astype(np.int32))
             bind_some(self.mlp, self._ffn, self._rows(arrays), index, known, partial=many)
             y = self.mlp(x, *args, **kwargs)
@@ -189,7 +189,7 @@ class SparseMLP(nn.Module):
                     "can be added up; load the model with predictor='none'"
                 )
             total = y if total is None else total + y
-            stream.built(total)
+            stream.retain_until_evaluated(total)
         if not many and cache:
             waited = stream.wait_seconds - waited
             self._stats.manage_seconds += time.perf_counter() - began - waited

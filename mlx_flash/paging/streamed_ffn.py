@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flash.models.families import Ffn
-from mlx_flash.models.quantized_rows import Scheme
+from mlx_flash.models.quantized_rows import QuantScheme
 
 from .layer_stream import LayerStream
 from .row_linear import bind
@@ -32,7 +32,7 @@ class FlashMLP(nn.Module):
         ffn: Ffn,
         layer: int,
         stream: LayerStream,
-        scheme: Scheme | None = None,
+        scheme: QuantScheme | None = None,
     ) -> None:
         super().__init__()
         self.mlp = mlp

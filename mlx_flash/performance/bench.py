@@ -25,7 +25,7 @@ from typing import Any
 
 from mlx_flash.common.sizes import show
 
-from .budget_forecast import Outlook
+from .budget_forecast import BudgetForecast
 
 SWEEP = 6  # budgets, from the least that works to everything resident
 MARGIN = 4_000_000  # bytes: two processes do not take quite the same before a model is loaded
@@ -56,7 +56,7 @@ class Settings:
         return self.gen_tokens * (1 + self.repeats // 2)
 
 
-def sweep(outlook: Outlook, machine: int) -> list[int]:
+def sweep(outlook: BudgetForecast, machine: int) -> list[int]:
     """Budgets from the least that works to what holds everything, or to what the machine has."""
     low, high = outlook.least + MARGIN, min(outlook.most + MARGIN, machine)
     steps = SWEEP - 1
@@ -162,7 +162,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def compare(row: dict[str, Any], outlook: Outlook, settings: Settings) -> dict[str, Any]:
+def compare(row: dict[str, Any], outlook: BudgetForecast, settings: Settings) -> dict[str, Any]:
     """A row with what ``plan`` says of its budget, and by how much that is wrong."""
     view = outlook.view(row["ram_bytes"], warm=settings.warm, count=settings.gen_tokens)
     if view.forecast is None:

@@ -18,13 +18,13 @@ from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, make_polic
 from mlx_flash.predictors.selection import select
 from mlx_flash.runtime.load import choose_sparse, load_tokenizer
 from mlx_flash.runtime.memory_plan import Plan, make_plan
-from mlx_flash.runtime.memory_requirements import needs_of, sparse_needs
+from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
 from mlx_flash.runtime.pagers import check_back_end
 from mlx_flash.storage.reader import RowReader
 
 from . import disk_speed
-from .forecast import Forecast, Layers, Rehearsal, forecast
-from .trial_run import Model, rehearse
+from .forecast import Forecast, Layers, TrialRun, forecast
+from .trial_run import Model, run_trial
 
 Progress = Callable[[str], Any]
 
@@ -46,7 +46,7 @@ class View:
     reason: str = ""
 
 
-class Outlook:
+class BudgetForecast:
     """Budgets of one model directory.
 
     Args:
@@ -75,12 +75,12 @@ class Outlook:
         pages = bool(self.selection or directory.mixture)
         reader = RowReader(directory.rows)
         try:
-            self.needs = needs_of(directory, reader, context)
+            self.needs = memory_requirements(directory, reader, context)
             self.direct = reader.direct
         finally:
             reader.close()
         self.curves = expert_demand_file.curves_of(directory) if predictor != "none" else None
-        sparse = sparse_needs(directory, self.selection, self.curves) if pages else None
+        sparse = paging_requirements(directory, self.selection, self.curves) if pages else None
         self._explicit = predictor != "auto" or self.selection is None
         self.model = Model(
             directory, self.needs, sparse, self.selection, predictor, policy, window, self.tokenizer
@@ -91,7 +91,7 @@ class Outlook:
             tuple(directory.rows.layer_bytes(i) for i in range(len(layers))),
         )
         self.disk: disk_speed.DiskSpeed | None = None
-        self.rehearsal = Rehearsal()
+        self.rehearsal = TrialRun()
 
     @property
     def least(self) -> int:
@@ -126,7 +126,7 @@ class Outlook:
             self.disk = disk_speed.disk_speed(reader, self.model.parts, again)
         finally:
             reader.close()
-        self.rehearsal = rehearse(self.model, ram, self.disk, again, progress)
+        self.rehearsal = run_trial(self.model, ram, self.disk, again, progress)
 
     def view(self, ram: int | str, warm: int | None = None, count: int | None = None) -> View:
         """Plan and forecast for a budget, or why there is none.

@@ -27,7 +27,7 @@ COUNTED = 64  # tokens at the end of a trace whose misses count
 
 
 @dataclass(frozen=True)
-class Tried:
+class Timing:
     """What a token took, decoded one way; seconds.
 
     Args:
@@ -60,7 +60,7 @@ class Tried:
 
 
 @dataclass
-class Rehearsal:
+class TrialRun:
     """All that was tried.
 
     Args:
@@ -69,7 +69,7 @@ class Rehearsal:
         measured: when.
     """
 
-    ways: dict[str, Tried] = field(default_factory=dict)
+    ways: dict[str, Timing] = field(default_factory=dict)
     use: RowUse | None = None
     measured: str = ""
 
@@ -135,7 +135,7 @@ def forecast(
     plan: Plan,
     layers: Layers,
     disk: DiskSpeed,
-    rehearsal: Rehearsal,
+    rehearsal: TrialRun,
     policy: str,
     window: int,
     *,
@@ -151,7 +151,7 @@ def forecast(
         warm: tokens decoded before, which the slots still hold rows of; None for as many as the
             trace has.
         count: tokens decoded then.
-        overlap: see ``Tried.overlap``; None for what was measured.
+        overlap: see ``Timing.overlap``; None for what was measured.
         curves: of each layer, misses per token by number of slots, where they were measured on
             more text than the rehearsal's.
     """
@@ -182,7 +182,7 @@ def forecast(
     return Forecast(nbytes, requests, read, compute, share * min(read, compute), wanted, missing)
 
 
-def _resident(rehearsal: Rehearsal) -> Tried:
+def _resident(rehearsal: TrialRun) -> Timing:
     """The nearest to a layer that is kept: computed whole, by mlx-lm's own module."""
     ways = rehearsal.ways
     return ways.get("resident") or ways.get("streamed") or ways["paged"]
@@ -191,8 +191,8 @@ def _resident(rehearsal: Rehearsal) -> Tried:
 def _paged(
     plan: Plan,
     disk: DiskSpeed,
-    way: Tried,
-    rehearsal: Rehearsal,
+    way: Timing,
+    rehearsal: TrialRun,
     policy: str,
     window: int,
     warm: int | None,

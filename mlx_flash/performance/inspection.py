@@ -20,7 +20,7 @@ from mlx_flash.models.quantized_rows import scheme
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.runtime.load import load_tokenizer
 from mlx_flash.runtime.memory_plan import make_plan, make_sparse_plan
-from mlx_flash.runtime.memory_requirements import needs_of, sparse_needs
+from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
 from mlx_flash.storage.reader import RowReader
 
 STEPS = 5  # budgets shown, from the least to what the dense model takes
@@ -32,7 +32,7 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
     tokenizer = load_tokenizer(directory)  # a part of what a process takes
     reader = RowReader(rows)
     try:
-        needs = needs_of(directory, reader, context)
+        needs = memory_requirements(directory, reader, context)
     finally:
         reader.close()
     del tokenizer
@@ -41,7 +41,7 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
     pages = selection or directory.mixture
     demand = expert_demand_file.read_for(directory)
     curves = demand.curves if demand and demand.used else None
-    sparse = sparse_needs(directory, selection, curves) if pages else None
+    sparse = paging_requirements(directory, selection, curves) if pages else None
     least = needs.least
     if sparse and directory.mixture:  # experts are not streamed a layer at a time
         least = min(needs.dense, sparse.least(needs))
@@ -93,7 +93,7 @@ def _experts(directory: ModelDirectory) -> dict[str, int] | None:
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, int]:
-    """Scheme -> how many modules the config names with it; the default one counts as 0."""
+    """QuantScheme -> how many modules the config names with it; the default one counts as 0."""
     found = config.get("quantization")
     if not found:
         return {}

@@ -35,7 +35,7 @@ class Step:
 
 
 @dataclass
-class Walk:
+class ForcedRun:
     """What a run over text took.
 
     Args:
@@ -90,7 +90,7 @@ def walk(
     seconds: float = float("inf"),
     least: int = 1,
     progress: Callable[[int], Any] | None = None,
-) -> Walk:
+) -> ForcedRun:
     """Read the prompt, then decode the tokens that follow in the text.
 
     Args:
@@ -122,7 +122,7 @@ def walk(
         mx.synchronize()
     usual = float(np.median([step.seconds for step in steps])) if steps else 0.0
     # The loop has begun the first step before it hands out the prompt's token.
-    return Walk(len(prompt), max(first - usual, 1e-9), steps)
+    return ForcedRun(len(prompt), max(first - usual, 1e-9), steps)
 
 
 def _loop(model: nn.Module, prompt: np.ndarray, follow: np.ndarray) -> Iterator[Any]:

@@ -36,15 +36,20 @@ from mlx_flash.paging.sparse_ffn import SparseMLP
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.runtime.load import LOOKAHEAD, load_model
-from mlx_flash.runtime.memory_plan import LEAST_SHARE, Needs, SparseNeeds, sparse_plan_of
-from mlx_flash.runtime.memory_requirements import needs_of
+from mlx_flash.runtime.memory_plan import (
+    LEAST_SHARE,
+    MemoryRequirements,
+    PagingRequirements,
+    sparse_plan_of,
+)
+from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.storage.reader import RowReader
 
 from . import disk_speed, row_trace
 from .disk_speed import DiskSpeed
-from .forecast import Rehearsal, Tried
+from .forecast import Timing, TrialRun
 from .row_trace import RowUse
-from .teacher_forcing import Step, Walk, book, walk
+from .teacher_forcing import ForcedRun, Step, book, walk
 
 FORMAT_VERSION = 1
 WARM = 4  # of them are decoded before timing counts
@@ -64,8 +69,8 @@ class Model:
     """What is rehearsed: a directory, its needs, and how rows are chosen and kept."""
 
     directory: ModelDirectory
-    needs: Needs
-    sparse: SparseNeeds | None
+    needs: MemoryRequirements
+    sparse: PagingRequirements | None
     selection: Selection | None
     predictor: str
     policy: str
@@ -81,13 +86,13 @@ class Model:
         return without(names, self.selection.provides)
 
 
-def rehearse(
+def run_trial(
     model: Model,
     ram: int,
     disk: DiskSpeed,
     again: bool = False,
     progress: Progress | None = None,
-) -> Rehearsal:
+) -> TrialRun:
     """What is known of a model, and what is not known yet and ``ram`` has room for, tried now.
 
     Args:
@@ -95,7 +100,7 @@ def rehearse(
         progress: told what is being done.
     """
     key = user_cache.key_of(_facts(model))
-    found = Rehearsal() if again else _recall(key)
+    found = TrialRun() if again else _recall(key)
     todo = [way for way in _possible(model, ram) if way not in found.ways]
     if "paged" in found.ways and found.use is None:
         todo.append("paged")
@@ -142,11 +147,11 @@ def _facts(model: Model) -> dict[str, Any]:
     }
 
 
-def _recall(key: str) -> Rehearsal:
+def _recall(key: str) -> TrialRun:
     known = user_cache.recall("models.json", key)
-    found = Rehearsal()
+    found = TrialRun()
     with contextlib.suppress(KeyError, TypeError, ValueError, OSError, AttributeError):
-        ways = {str(way): Tried(**figures) for way, figures in known["ways"].items()}
+        ways = {str(way): Timing(**figures) for way, figures in known["ways"].items()}
         if known["use"]:
             file = user_cache.cache_directory() / f"{key}.npz"
             found.use = RowUse.from_bytes(file.read_bytes())
@@ -154,7 +159,7 @@ def _recall(key: str) -> Rehearsal:
     return found
 
 
-def _remember(key: str, found: Rehearsal) -> None:
+def _remember(key: str, found: TrialRun) -> None:
     """Keep it; where the cache directory cannot be written the next call measures again."""
     with contextlib.suppress(OSError):
         if found.use:
@@ -181,7 +186,7 @@ class _Trial:
         self.first, self.second = self.length // 2, self.length * 3 // 4
         self.tokens = book(model.tokenizer, self.length * SEQUENCES, START)
 
-    def run(self, way: str) -> Tried:
+    def run(self, way: str) -> Timing:
         """Load the model one way and time it; of rows that are chosen, record which."""
         self.progress(f"timing, {way}")
         how: dict[str, Any] = {"predictor": self.model.predictor, "policy": self.model.policy}
@@ -200,7 +205,7 @@ class _Trial:
                 self.use = self._record(loaded)
             return self._tried(way, runs, loaded.flash.plan)
 
-    def _walk(self, loaded: nn.Module, prompt: int, stop: int) -> Walk:
+    def _walk(self, loaded: nn.Module, prompt: int, stop: int) -> ForcedRun:
         return walk(
             loaded,
             self.tokens[:prompt],
@@ -233,7 +238,7 @@ class _Trial:
             raise ValueError("nothing chooses rows of this model")
         reader = RowReader(model.directory.rows)
         try:
-            needs = needs_of(model.directory, reader, self.length + 2)
+            needs = memory_requirements(model.directory, reader, self.length + 2)
         finally:
             reader.close()
 
@@ -306,7 +311,7 @@ class _Trial:
 
         return record
 
-    def _tried(self, way: str, runs: list[Walk], plan: Any) -> Tried:
+    def _tried(self, way: str, runs: list[ForcedRun], plan: Any) -> Timing:
         """Figures of a run; a second one is over the same text, when slots hold more of it."""
         steps = _counted(runs[0])
         tried = {
@@ -327,7 +332,7 @@ class _Trial:
             if fewer > FEWER * tried["requests"]:
                 extra = max(0.0, (tried["compute"] - _compute(second)) / fewer)
                 tried["per_request"] = min(extra, tried["compute"] / tried["requests"])
-        return Tried(**tried)
+        return Timing(**tried)
 
     def _expected(self, plan: Any, decoded: int, counted: int) -> tuple[float, float]:
         """What the disk's figures make of the rows that the timed tokens lacked: seconds, bytes."""
@@ -351,7 +356,7 @@ class _Trial:
         return seconds, nbytes
 
 
-def _counted(walked: Walk) -> list[Step]:
+def _counted(walked: ForcedRun) -> list[Step]:
     """Steps behind those that warm up."""
     return walked.steps[min(WARM, len(walked.steps) // 2) :]
 

@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.errors import PredictorError
-from mlx_flash.models.quantized_rows import Packed, Rows
+from mlx_flash.models.quantized_rows import QuantizedRows, Rows
 
 Function = Callable[[mx.array], mx.array]
 
@@ -186,7 +186,7 @@ class ResidentPart:
 
     def values(self, x: mx.array) -> mx.array:
         """The projection's output, [..., rows], the same to the bit as the dense model's."""
-        if isinstance(self.weight, Packed):
+        if isinstance(self.weight, QuantizedRows):
             y = self.weight.matmul(x, transpose=True)
             return y if self.bias is None else y + self.bias
         if self.bias is None:

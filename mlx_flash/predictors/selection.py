@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_flash.errors import PredictorError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.families import Ffn, gate_function, has_zeros, projections
-from mlx_flash.models.quantized_rows import Scheme, part_names
+from mlx_flash.models.quantized_rows import QuantScheme, part_names
 from mlx_flash.paging.row_weights import resident_part
 from mlx_flash.storage.reader import RowReader
 
@@ -50,7 +50,7 @@ class Selection:
     demand: tuple[float, ...]
     measured: dict[str, Any]
     file: Predictors | None = None
-    scheme: Scheme | None = None
+    scheme: QuantScheme | None = None
 
     def build(self, reader: RowReader, layer: int, mlp: nn.Module, ffn: Ffn) -> Predictor:
         """The predictor of one layer.

@@ -37,7 +37,7 @@ from mlx_flash.storage.reader import RowReader
 
 from . import pagers
 from .memory_plan import (
-    Needs,
+    MemoryRequirements,
     Plan,
     check_machine,
     make_plan,
@@ -45,8 +45,8 @@ from .memory_plan import (
     sparse_plan_of,
     split,
 )
-from .memory_requirements import MLX_CACHE, foreign_errors, needs_of, sparse_needs
-from .paged_model import Flash
+from .memory_requirements import MLX_CACHE, foreign_errors, memory_requirements, paging_requirements
+from .paged_model import PagedModel
 
 # Whether to read ahead by default: see benchmarks/sparse_speed.py and benchmarks/mixture.py.
 LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
@@ -158,7 +158,7 @@ def load_model(
         )
     reader = RowReader(directory.rows)
     try:
-        needs = needs_of(directory, reader, context)
+        needs = memory_requirements(directory, reader, context)
         budget = platform.machine() * 3 // 4 if ram is None else parse_ram(ram)
         if use_flash and kept_share is None and (selection or directory.mixture):
             explicit = predictor != "auto" or selection is None
@@ -169,7 +169,7 @@ def load_model(
         policies = functools.partial(make_policy, policy, window=window)
         if lookahead is None:
             lookahead = LOOKAHEAD[directory.unit]
-        flash = Flash(directory, plan, reader, selection, policies, lookahead)
+        flash = PagedModel(directory, plan, reader, selection, policies, lookahead)
         if ram is not None:
             mx.set_cache_limit(MLX_CACHE)
             flash.max_tokens = needs.context
@@ -188,7 +188,7 @@ def load_model(
 
 
 def _choose(
-    budget: int, needs: Needs, use_flash: bool, kept_share: float | None, limited: bool
+    budget: int, needs: MemoryRequirements, use_flash: bool, kept_share: float | None, limited: bool
 ) -> Plan:
     count = len(needs.layers)
     check_machine(budget, platform.machine())
@@ -211,7 +211,7 @@ def _choose(
 
 def choose_sparse(
     budget: int,
-    needs: Needs,
+    needs: MemoryRequirements,
     directory: ModelDirectory,
     selection: Selection | None,
     explicit: bool,
@@ -225,7 +225,7 @@ def choose_sparse(
             not fit.
         curves: of a mixture's layers, see ``expert_file``.
     """
-    sparse = sparse_needs(directory, selection, curves)
+    sparse = paging_requirements(directory, selection, curves)
     if cache_share is not None:
         if not 0 < cache_share <= 1:
             raise BudgetError(f"cache_share is a share above 0, at most 1, got {cache_share}")
@@ -239,7 +239,7 @@ def choose_sparse(
         return make_plan(budget, needs, platform.machine())
 
 
-def _classes(config: dict[str, Any], flash: Flash, paged: bool) -> tuple[type, type]:
+def _classes(config: dict[str, Any], flash: PagedModel, paged: bool) -> tuple[type, type]:
     """mlx-lm's classes for a config, the model's with paged FFNs."""
     base, args_class = get_classes(config)
     names = list(inspect.signature(base.__call__).parameters)[2:]

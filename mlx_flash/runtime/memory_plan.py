@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from mlx_flash.common.sizes import show, with_margin
 from mlx_flash.errors import BudgetError
 
-from .slot_allocation import allot
+from .slot_allocation import allocate_slots
 
 MIN_STEP = 16
 RESIDENT_STEP = 128
@@ -26,7 +26,7 @@ LEAST_SHARE = 50  # a cache holds at least one row in so many
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryRequirements:
     """Sizes in bytes of all that must be in memory.
 
     Args:
@@ -120,7 +120,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class SparseNeeds:
+class PagingRequirements:
     """What it takes to read only the rows that fire, in bytes where nothing else is said.
 
     Args:
@@ -148,7 +148,7 @@ class SparseNeeds:
         """Cached rows of each layer below which paging makes no sense."""
         return tuple(-(-rows // LEAST_SHARE) for rows in self.rows)
 
-    def least(self, needs: Needs) -> int:
+    def least(self, needs: MemoryRequirements) -> int:
         """The smallest budget that works."""
         return sparse_plan_of(None, needs, self, self.least_slots, needs.min_step).total
 
@@ -162,7 +162,7 @@ class SparseNeeds:
         As measured curves make the most of them, else as demands are to each other.
         """
         if self.curves is not None:
-            return allot(self.curves, self.slots, self.least_slots, room)
+            return allocate_slots(self.curves, self.slots, self.least_slots, room)
         low, high = 0.0, max(r / max(d, 1e-9) for r, d in zip(self.rows, self.demand, strict=True))
         for _ in range(64):
             middle = (low + high) / 2
@@ -225,7 +225,7 @@ def check_machine(ram: int, machine: int) -> None:
         )
 
 
-def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
+def make_plan(ram: int, needs: MemoryRequirements, machine: int) -> Plan:
     """The plan that makes the most of ``ram`` bytes.
 
     Raises:
@@ -262,7 +262,9 @@ def make_plan(ram: int, needs: Needs, machine: int) -> Plan:
     raise BudgetError(f"no plan fits {show(ram)}, though {show(needs.least)} should do")
 
 
-def make_sparse_plan(ram: int, needs: Needs, sparse: SparseNeeds, machine: int) -> Plan:
+def make_sparse_plan(
+    ram: int, needs: MemoryRequirements, sparse: PagingRequirements, machine: int
+) -> Plan:
     """The plan that makes the most of ``ram`` bytes where rows are predicted.
 
     Raises:
@@ -291,7 +293,11 @@ def make_sparse_plan(ram: int, needs: Needs, sparse: SparseNeeds, machine: int) 
 
 
 def sparse_plan_of(
-    ram: int | None, needs: Needs, sparse: SparseNeeds, capacities: Sequence[int], step: int
+    ram: int | None,
+    needs: MemoryRequirements,
+    sparse: PagingRequirements,
+    capacities: Sequence[int],
+    step: int,
 ) -> Plan:
     """The plan that has so many cached rows of each layer; a layer with all of them is kept."""
     kept = tuple(i for i, n in enumerate(capacities) if n >= sparse.rows[i])
@@ -311,7 +317,7 @@ def sparse_plan_of(
     return Plan(ram, kept, (), step, {**table, "slack": needs.slack}, slots, lookup=True)
 
 
-def _step(room: int, needs: Needs) -> int:
+def _step(room: int, needs: MemoryRequirements) -> int:
     """The longest prompt chunk whose memory fits, a multiple of the shortest; 0 where none does."""
     least = needs.min_step
     low, high = 0, -(-needs.max_step // least)

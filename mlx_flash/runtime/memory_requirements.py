@@ -28,7 +28,7 @@ from mlx_flash.paging.slot_memory import slot_bytes
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import RowReader
 
-from .memory_plan import BUFFERS, MAX_STEP, Needs, SparseNeeds
+from .memory_plan import BUFFERS, MAX_STEP, MemoryRequirements, PagingRequirements
 
 DEFAULT_CONTEXT = 2048
 KV_STEP = 256  # mlx-lm's KV caches grow by so many tokens
@@ -54,7 +54,9 @@ def foreign_errors(
         ) from error
 
 
-def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None = None) -> Needs:
+def memory_requirements(
+    directory: ModelDirectory, reader: RowReader, context: int | None = None
+) -> MemoryRequirements:
     """What the model in a directory needs, by size; nothing is loaded."""
     if context is None:
         context = min(DEFAULT_CONTEXT, directory.config.get("max_position_embeddings") or 2**31)
@@ -65,7 +67,7 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
     resident = sum(file.stat().st_size for file in directory.shards)
     weights = tuple(layer.rows * layer.layout.ideal_bytes for layer in layers)
     widest = max(layer.rows * slot_bytes(layer.layout) for layer in layers)
-    return Needs(
+    return MemoryRequirements(
         process=platform.current(),
         resident=resident,
         kv_cache=kv_cache,
@@ -80,15 +82,15 @@ def needs_of(directory: ModelDirectory, reader: RowReader, context: int | None =
     )
 
 
-def sparse_needs(
+def paging_requirements(
     directory: ModelDirectory,
     selection: Selection | None,
     curves: tuple[tuple[float, ...], ...] | None = None,
-) -> SparseNeeds:
+) -> PagingRequirements:
     """What it takes to page the rows that the selected predictors name, or a mixture's experts.
 
     Args:
-        curves: see ``SparseNeeds``.
+        curves: see ``PagingRequirements``.
     """
     layers = directory.rows.layers
     rows = tuple(layer.rows for layer in layers)
@@ -101,7 +103,7 @@ def sparse_needs(
         chunk_rows(layer.layout.stride, max(rows)) * size
         for layer, size in zip(layers, slots, strict=True)
     )
-    return SparseNeeds(
+    return PagingRequirements(
         predictors=selection.nbytes if selection else (0,) * len(layers),
         slots=slots,
         rows=rows,

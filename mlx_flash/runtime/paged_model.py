@@ -57,7 +57,7 @@ class FlashStats(ReadStats):
     manage_seconds: float = 0.0
 
 
-class Flash:
+class PagedModel:
     """What pages a model's FFN: the attribute ``flash`` of a loaded model."""
 
     def __init__(

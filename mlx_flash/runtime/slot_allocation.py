@@ -20,7 +20,7 @@ def envelope(curve: Sequence[float]) -> np.ndarray:
     return np.interp(np.arange(len(curve)), corners, [curve[x] for x in corners])
 
 
-def allot(
+def allocate_slots(
     curves: Sequence[Sequence[float]],
     sizes: Sequence[int],
     least: Sequence[int],

@@ -34,9 +34,9 @@ from mlx_flash.models import mixtures
 from mlx_flash.paging.policies import LFU, LRU, Belady, SlidingWindow
 from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model
-from mlx_flash.runtime.memory_plan import SparseNeeds, sparse_plan_of
-from mlx_flash.runtime.memory_requirements import needs_of, sparse_needs
-from mlx_flash.runtime.slot_allocation import allot, envelope
+from mlx_flash.runtime.memory_plan import PagingRequirements, sparse_plan_of
+from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.slot_allocation import allocate_slots, envelope
 from mlx_flash.storage.reader import RowReader
 
 EXPERTS, TOP_K = 16, 2
@@ -110,7 +110,7 @@ def test_slots_go_where_they_save_most():
     convex = [[8, 4, 2, 1, 0.5], [3, 1, 0, 0, 0], [1, 0.9, 0.8, 0.7, 0.6]]
     best = {}
     for room in range(13):
-        found = allot(convex, (1, 1, 1), (0, 0, 0), room)
+        found = allocate_slots(convex, (1, 1, 1), (0, 0, 0), room)
         assert sum(found) == room
         options = [
             (a, b, c)
@@ -123,22 +123,24 @@ def test_slots_go_where_they_save_most():
 
 def test_slots_of_several_sizes_and_the_least_of_each():
     curves = [[4, 2, 1, 0]] * 2
-    assert allot(curves, (1, 10), (1, 1), 11 + 2) == (3, 1)
-    assert allot(curves, (1, 10), (1, 1), 11 + 12) == (3, 2)
-    assert allot(curves, (1, 10), (1, 1), 1000) == (3, 3)
-    assert allot(curves, (1, 10), (1, 1), 0) == (1, 1), "the caller has seen that the least fits"
+    assert allocate_slots(curves, (1, 10), (1, 1), 11 + 2) == (3, 1)
+    assert allocate_slots(curves, (1, 10), (1, 1), 11 + 12) == (3, 2)
+    assert allocate_slots(curves, (1, 10), (1, 1), 1000) == (3, 3)
+    assert allocate_slots(curves, (1, 10), (1, 1), 0) == (1, 1), (
+        "the caller has seen that the least fits"
+    )
 
 
 def test_where_nothing_was_asked_layers_fill_up_evenly():
     curves = [[2, 0, 0, 0, 0, 0, 0, 0, 0]] * 4
-    assert allot(curves, (1,) * 4, (1,) * 4, 20) == (5, 5, 5, 5)
+    assert allocate_slots(curves, (1,) * 4, (1,) * 4, 20) == (5, 5, 5, 5)
 
 
 def test_curves_take_the_place_of_demand():
     common = ((0, 0), (10, 10), (4, 4), (4.0, 4.0), 0)
-    assert SparseNeeds(*common).capacities(40) == (2, 2)
+    assert PagingRequirements(*common).capacities(40) == (2, 2)
     curves = ((2, 2, 2, 2, 1.9), (2, 1, 0.2, 0.1, 0))
-    needs = SparseNeeds(*common, curves=curves)
+    needs = PagingRequirements(*common, curves=curves)
     assert needs.capacities(40) == (1, 3)
     assert needs.bytes_of(needs.capacities(47)) <= 47
 
@@ -228,7 +230,7 @@ def curves_of(path):
 
 
 def needs_for(path, curves=None):
-    return sparse_needs(ModelDirectory(path), None, curves)
+    return paging_requirements(ModelDirectory(path), None, curves)
 
 
 def test_an_uneven_layer_gets_fewer_slots(calibrated):
@@ -251,7 +253,7 @@ def budget_for(path, slots):
     directory = ModelDirectory(path)
     reader = RowReader(directory.rows)
     try:
-        needs = needs_of(directory, reader, CONTEXT)
+        needs = memory_requirements(directory, reader, CONTEXT)
     finally:
         reader.close()
     return sparse_plan_of(None, needs, needs_for(path), slots, needs.min_step).total

@@ -22,7 +22,7 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.runtime.load import load
-from mlx_flash.runtime.memory_requirements import needs_of
+from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.storage.reader import RowReader
 
 PROMPT = "the brown fox and the other"
@@ -119,7 +119,7 @@ def budget(model, tokens, prompt=PROMPT):
     """(least, dense) that the planner asks for, as the command line sees it."""
     directory = ModelDirectory(model)
     context = len(utils.load_tokenizer(model).encode(prompt)) + tokens
-    needs = needs_of(directory, RowReader(directory.rows), context)
+    needs = memory_requirements(directory, RowReader(directory.rows), context)
     return needs.least, needs.dense
 
 

@@ -35,7 +35,7 @@ from mlx_flash.models import families
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import FAMILIES, find, projections, rowwise
 from mlx_flash.models.mixtures import find_mixture
-from mlx_flash.models.quantized_rows import Scheme
+from mlx_flash.models.quantized_rows import QuantScheme
 from mlx_flash.models.registry import get_classes, make_model
 from mlx_flash.runtime.load import load, load_model
 from mlx_flash.runtime.pagers import slow_back_end
@@ -134,7 +134,7 @@ def test_cast_before_quantising(wide, tmp_path, page_cache, cast):
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32)])
 def test_modes(wide, tmp_path, page_cache, mode, bits, group_size):
-    """Packed floats: scales of one byte, no biases."""
+    """QuantizedRows floats: scales of one byte, no biases."""
     directory = ModelDirectory(
         convert(wide["bfloat16"], tmp_path / "out", quantize=True, q_mode=mode)
     )
@@ -363,7 +363,7 @@ def test_every_relu_family(tmp_path, page_cache, family, bits, group_size):
     asked = {"quantize": True, "q_bits": bits, "q_group_size": group_size}
     directory = ModelDirectory(convert(source, tmp_path / "out", **asked))
     assert directory.unit == "neuron"
-    assert directory.scheme == Scheme(bits, group_size)
+    assert directory.scheme == QuantScheme(bits, group_size)
     names = [part.name for part in directory.rows.layout.parts]
     assert [n for n in names if "." not in n] == list(directory.ffn.parts)
     assert {f"{n}.{s}" for n in directory.ffn.parts for s in ("scales", "biases")} < set(names)
@@ -461,7 +461,7 @@ class Shapes:
     config: dict
     shapes: dict
     dtypes: dict
-    row_scheme: Scheme | None = None
+    row_scheme: QuantScheme | None = None
     predictors: dict = field(default_factory=dict)
 
 
@@ -480,7 +480,7 @@ def packed_shapes(shapes, scheme, dtype):
 def test_bytes_of_neurons():
     """A neuron of 4 bits, d_model 2048: at most 15 % above 4.5 bits a weight."""
     config = tiny_config("llama", 1, hidden_size=2048, intermediate_size=8, hidden_act="relu")
-    scheme, path = Scheme(4, 64), "model.layers.0.mlp"
+    scheme, path = QuantScheme(4, 64), "model.layers.0.mlp"
     gates = {f"{path}.{name}_proj.weight": (8, 2048) for name in ("gate", "up")}
     shapes, kinds = packed_shapes(gates, scheme, mx.bfloat16)
     shapes[f"{path}.down_proj.weight"], kinds[f"{path}.down_proj.weight"] = (2048, 8), mx.bfloat16
@@ -501,7 +501,7 @@ def test_bytes_of_experts(d_model, d_expert):
         num_hidden_layers=1,
         mlp_only_layers=[],
     )
-    scheme, path = Scheme(4, 64), "model.layers.0.mlp.switch_mlp"
+    scheme, path = QuantScheme(4, 64), "model.layers.0.mlp.switch_mlp"
     count = tiny_mixtures.EXPERTS
     floats = {f"{path}.{n}_proj.weight": (count, d_expert, d_model) for n in ("gate", "up")}
     floats[f"{path}.down_proj.weight"] = (count, d_model, d_expert)

@@ -51,7 +51,7 @@ from mlx_flash.paging.row_cache import RowCache
 from mlx_flash.performance.inspection import describe
 from mlx_flash.runtime.load import load, load_model
 from mlx_flash.runtime.memory_plan import sparse_plan_of
-from mlx_flash.runtime.memory_requirements import needs_of, sparse_needs
+from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
 from mlx_flash.storage.reader import RowReader
 
 METAL = ("muse_spark",)  # families whose forward runs on Metal only
@@ -615,9 +615,9 @@ def test_inspect_says_what_generate_takes(tmp_path):
     for row in info["budgets"]:
         assert row["streamed_bytes_per_token"] == 0
     reader = RowReader(directory.rows)
-    needs = needs_of(directory, reader)
+    needs = memory_requirements(directory, reader)
     reader.close()
-    sparse = sparse_needs(directory, None)
+    sparse = paging_requirements(directory, None)
     assert (
         sparse.least(needs)
         == sparse_plan_of(None, needs, sparse, sparse.least_slots, needs.min_step).total

@@ -16,7 +16,7 @@ from mlx_flash.errors import DamagedError, ModelError, ReadError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
 from mlx_flash.runtime.load import load_model
-from mlx_flash.runtime.memory_requirements import needs_of
+from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.storage.reader import RowReader
 
 UNTIED = ("llama", "phi", "qwen2")
@@ -78,7 +78,7 @@ def test_a_packed_one_stays(tmp_path):
 def test_the_budget_counts_it_only_where_it_is_held(tmp_path):
     directory = directory_of(tmp_path)
     reader = RowReader(directory.rows)
-    needs = needs_of(directory, reader, 64)
+    needs = memory_requirements(directory, reader, 64)
     reader.close()
     assert needs.lookup == flash_embedding.find(directory).nbytes
     resident = "resident weights"

@@ -68,7 +68,7 @@ def test_whatever_was_foretold_the_rows_are_right(opened):
             guess = np.union1d(guess, some(random, 6)) if random.random() < 0.7 else guess
             other = random.random() < 0.1
             stream.foretell(layer if not other else 1 - layer, guess, both[layer])
-        with stream.gathered(layer, wanted, both[layer]) as (order, arrays):
+        with stream.gather(layer, wanted, both[layer]) as (order, arrays):
             assert np.isin(wanted, order).all() and np.unique(order).size == order.size
             assert order.size <= most
             assert_rows(order, arrays, layers[layer])
@@ -84,10 +84,10 @@ def test_the_order_does_not_depend_on_what_is_in_slots(opened):
     guess, wanted = np.array([3, 5, 60]), np.array([2, 5, 7, 60])
     for cached in (np.array([5, 7]), np.array([2, 3, 60])):
         cache = caches(reader)[0]
-        with stream.gathered(0, cached, cache):
+        with stream.gather(0, cached, cache):
             pass
         stream.foretell(0, guess, cache)
-        with stream.gathered(0, wanted, cache) as (order, _):
+        with stream.gather(0, wanted, cache) as (order, _):
             assert order.tolist() == [3, 5, 60, 2, 7]
 
 
@@ -96,10 +96,10 @@ def test_other_uses_of_the_buffers_forget_it(opened):
     stream = RowStream(reader, ROWS)
     cache = caches(reader)[0]
     stream.foretell(0, np.arange(10), cache)
-    for rows, arrays in stream.pieces(1, np.arange(50), None):
+    for rows, arrays in stream.stream_chunks(1, np.arange(50), None):
         assert_rows(rows, arrays, layers[1])
-        stream.built(mx.zeros(1))
-    with stream.gathered(0, np.arange(5, 8), cache) as (order, arrays):
+        stream.retain_until_evaluated(mx.zeros(1))
+    with stream.gather(0, np.arange(5, 8), cache) as (order, arrays):
         assert order.tolist() == [5, 6, 7]
         assert_rows(order, arrays, layers[0])
 
@@ -110,7 +110,7 @@ def test_a_failed_read(opened, monkeypatch, when):
     reader, layers = opened
     stream = RowStream(reader, ROWS)
     cache = caches(reader)[0]
-    with stream.gathered(0, np.arange(4), cache):
+    with stream.gather(0, np.arange(4), cache):
         pass
 
     def fail(*_: object) -> None:
@@ -122,11 +122,11 @@ def test_a_failed_read(opened, monkeypatch, when):
         if when == "foretold":
             stream.foretell(0, np.array([30, 31]), cache)
         wanted = np.array([2, 30]) if when == "foretold" else np.array([2, 40])
-        with pytest.raises(ReadError), stream.gathered(0, wanted, cache):
+        with pytest.raises(ReadError), stream.gather(0, wanted, cache):
             pass
     assert cache.table.num_used == 0
     stream.foretell(0, np.array([30, 31]), cache)
-    with stream.gathered(0, np.array([2, 30]), cache) as (order, arrays):
+    with stream.gather(0, np.array([2, 30]), cache) as (order, arrays):
         assert_rows(order, arrays, layers[0])
 
 
@@ -135,10 +135,10 @@ def test_a_caller_that_fails_leaves_no_untrue_slot(opened):
     stream = RowStream(reader, ROWS)
     cache = caches(reader)[0]
     stream.foretell(0, np.arange(6), cache)
-    with pytest.raises(KeyboardInterrupt), stream.gathered(0, np.arange(4), cache):
+    with pytest.raises(KeyboardInterrupt), stream.gather(0, np.arange(4), cache):
         raise KeyboardInterrupt
     assert cache.table.num_used == 0
-    with stream.gathered(0, np.arange(4), cache) as (order, arrays):
+    with stream.gather(0, np.arange(4), cache) as (order, arrays):
         assert_rows(order, arrays, layers[0])
 
 

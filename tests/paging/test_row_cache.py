@@ -484,7 +484,7 @@ def test_a_relu_ffn_over_the_prefix_is_the_dense_one(opened, layout):
         padding = cache.part("up").shape[1] - width
         padded = mx.pad(hidden, [(0, 0), (0, padding)])
         y = (mx.maximum(padded @ cache.part("up").T, 0) @ cache.part("down"))[:, :width]
-        cache.built(y)
+        cache.retain_until_evaluated(y)
         close = {"rtol": 1e-4, "atol": 1e-3} if dtype == "F32" else {"rtol": 2e-2, "atol": 2}
         np.testing.assert_allclose(numpy_of(y), numpy_of(expected), **close)
         scale = np.abs(numpy_of(expected)).mean()
@@ -501,7 +501,7 @@ def test_what_was_built_is_evaluated_before_slots_change(opened):
     for active in active_sets(rng, ROWS, 8, 120):
         cache.fetch(active)
         lazy = [cache.part(name) * 2 for name in dense]
-        cache.built(*lazy)
+        cache.retain_until_evaluated(*lazy)
         built.append((cache.rows(), lazy))
     for rows, lazy in built:
         for matrix, y in zip(dense.values(), lazy, strict=True):
@@ -513,7 +513,7 @@ def test_moved_slots_alone_evaluate_what_was_built(opened):
     cache = RowCache(reader, 1, 8, window=1)
     cache.fetch(rows_of(1, 2, 3, 4))
     y = cache.part("up") * 2
-    cache.built(y)
+    cache.retain_until_evaluated(y)
     cache.fetch(rows_of(4))
     assert cache.rows().tolist() == [4]
     width = dense["up"].shape[1]
@@ -530,11 +530,11 @@ def test_hits_alone_evaluate_nothing_and_keep_little(opened, monkeypatch):
     evaluated.clear()
     for _ in range(10):
         cache.fetch(rows_of(1, 2, 3))
-        cache.built(mx.zeros(1))
+        cache.retain_until_evaluated(mx.zeros(1))
     assert not evaluated
     for _ in range(1000):
         cache.fetch(rows_of(1, 2, 3))
-        cache.built(mx.zeros(1))
+        cache.retain_until_evaluated(mx.zeros(1))
         assert len(cache._built_on) < 100, "results pile up while every row is a hit"
     assert sum(evaluated) + len(cache._built_on) == 1010
 
@@ -548,7 +548,7 @@ def test_a_failed_read_leaves_an_empty_cache(opened, monkeypatch):
     cache = RowCache(reader, 1, 8, window=3)
     cache.fetch(rows_of(1, 2, 3))
     lazy = cache.part("up") * 2
-    cache.built(lazy)
+    cache.retain_until_evaluated(lazy)
     rows = cache.rows()
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail)
@@ -571,7 +571,7 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     cache = RowCache(reader, 1, 8)
     cache.fetch(rows_of(1, 2, 3))
     bad = mx.zeros(1)
-    cache.built(bad)
+    cache.retain_until_evaluated(bad)
     real = mx.eval
 
     def broken(arrays: list[mx.array]) -> None:
@@ -612,7 +612,7 @@ def test_what_is_there_can_be_used_while_the_rest_comes(opened, monkeypatch):
 def test_failure_between_begin_and_finish_leaves_an_empty_cache(opened):
     reader, dense = opened
     cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
-    with pytest.raises(MemoryError), cache.sound():
+    with pytest.raises(MemoryError), cache.invalidate_on_error():
         cache.begin(rows_of(1, 2))
         raise MemoryError
     assert not cache.rows().size

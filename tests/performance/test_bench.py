@@ -15,7 +15,7 @@ from mlx_flash.cli import bench as bench_module
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import UsageError
 from mlx_flash.performance import bench, disk_speed, trial_run
-from mlx_flash.performance.budget_forecast import Outlook
+from mlx_flash.performance.budget_forecast import BudgetForecast
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -150,7 +150,7 @@ def test_interrupted_what_is_finished_is_printed(run, monkeypatch):
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(bench, "run", once)
-    monkeypatch.setattr(Outlook, "measure", lambda *_: None)
+    monkeypatch.setattr(BudgetForecast, "measure", lambda *_: None)
     code, out, err = run("--ram", "400MB,450MB,500MB")
     assert code == 130 and "interrupted; the budgets that were finished are above" in err
     assert len(json.loads(out.splitlines()[-1])["budgets"]) == 1

@@ -14,9 +14,9 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import POLICIES, make_policy
 from mlx_flash.performance import disk_speed, row_trace, trial_run
-from mlx_flash.performance.budget_forecast import Outlook
+from mlx_flash.performance.budget_forecast import BudgetForecast
 from mlx_flash.performance.disk_speed import DiskSpeed
-from mlx_flash.performance.forecast import Layers, Rehearsal, Tried, forecast
+from mlx_flash.performance.forecast import Layers, Timing, TrialRun, forecast
 from mlx_flash.performance.row_trace import RowUse
 from mlx_flash.performance.teacher_forcing import book, walk
 from mlx_flash.runtime.load import load_model
@@ -64,15 +64,15 @@ def run(source, capsys):
 @pytest.fixture
 def tight(source):
     """A budget under which rows are read as they fire."""
-    return Outlook(ModelDirectory(source), 130).needs.dense - 500_000
+    return BudgetForecast(ModelDirectory(source), 130).needs.dense - 500_000
 
 
 def streamed(**other):
-    return Tried(**{"ram": 1, "tokens": 8, "compute": 0.1, "nbytes": 1e8, "requests": 50} | other)
+    return Timing(**{"ram": 1, "tokens": 8, "compute": 0.1, "nbytes": 1e8, "requests": 50} | other)
 
 
 def test_streaming_is_the_longer_of_reading_and_computing_where_the_trial_hid_the_other():
-    trial = Rehearsal({"streamed": streamed(wait=0.0, read=0.1, rate=1.0)})
+    trial = TrialRun({"streamed": streamed(wait=0.0, read=0.1, rate=1.0)})
     layers = Layers((8,) * 4, (10**8,) * 4)
     found = forecast(Plan(None, (), (0, 1, 2, 3), 1, {}), layers, DISK, trial, "lfu", 4)
     assert found.read == pytest.approx(0.4) and found.compute == pytest.approx(0.1)
@@ -83,7 +83,7 @@ def test_streaming_is_the_longer_of_reading_and_computing_where_the_trial_hid_th
 
 
 def test_what_the_trial_did_not_hide_is_added():
-    trial = Rehearsal({"streamed": streamed(wait=0.08, read=0.1, rate=0.5)})
+    trial = TrialRun({"streamed": streamed(wait=0.08, read=0.1, rate=0.5)})
     layers = Layers((8, 8), (10**8,) * 2)
     plan = Plan(None, (), (0, 1), 1, {})
     found = forecast(plan, layers, DISK, trial, "lfu", 4)
@@ -95,17 +95,17 @@ def test_what_the_trial_did_not_hide_is_added():
 def test_resident_layers_take_what_resident_layers_took():
     ways = {"streamed": streamed(compute=0.2), "resident": streamed(compute=0.1, nbytes=0)}
     layers = Layers((8,) * 4, (1,) * 4)
-    half = forecast(Plan(None, (0, 1), (2, 3), 1, {}), layers, DISK, Rehearsal(ways), "lfu", 4)
+    half = forecast(Plan(None, (0, 1), (2, 3), 1, {}), layers, DISK, TrialRun(ways), "lfu", 4)
     assert half.compute == pytest.approx(0.15)
     all_kept = Plan(None, (0, 1, 2, 3), (), 1, {})
-    assert forecast(all_kept, layers, DISK, Rehearsal(ways), "lfu", 4).seconds == 0.1
+    assert forecast(all_kept, layers, DISK, TrialRun(ways), "lfu", 4).seconds == 0.1
 
 
 def test_paging_counts_what_the_slots_lack():
     active = np.zeros((40, 20), bool)
     active[::2, :10] = active[1::2, 10:] = True  # ten rows, then the other ten, and so on
-    paged = Tried(1, 8, compute=0.05, wait=0.002, read=0.002, requests=10, per_request=0.001)
-    trial = Rehearsal({"paged": paged}, RowUse((20,), (active,)))
+    paged = Timing(1, 8, compute=0.05, wait=0.002, read=0.002, requests=10, per_request=0.001)
+    trial = TrialRun({"paged": paged}, RowUse((20,), (active,)))
     layers = Layers((20,), (80,))
 
     def at(slots):
@@ -126,7 +126,7 @@ def test_paging_counts_what_the_slots_lack():
 
 def test_a_longer_warm_up_finds_more_in_slots():
     active = np.eye(32, dtype=bool)[np.arange(64) % 32]
-    trial = Rehearsal({"paged": Tried(1, 8, compute=0.05)}, RowUse((32,), (active,)))
+    trial = TrialRun({"paged": Timing(1, 8, compute=0.05)}, RowUse((32,), (active,)))
     plan = Plan(None, (), (), 1, {}, {0: 32})
     layers = Layers((32,), (32,))
     cold = forecast(plan, layers, DISK, trial, "lfu", 4, warm=0, count=32)
@@ -198,7 +198,7 @@ def test_where_the_cache_is(name, monkeypatch, tmp_path):
 
 def test_misses_are_those_of_the_running_model(source):
     """The simulation, fed with what a model was asked for, against the model's own counter."""
-    outlook = Outlook(ModelDirectory(source), 130)
+    outlook = BudgetForecast(ModelDirectory(source), 130)
     outlook.measure(400_000_000)
     use = outlook.rehearsal.use
     tokens = book(outlook.tokenizer, trial_run.SEQUENCE, trial_run.START)

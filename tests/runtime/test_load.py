@@ -20,7 +20,7 @@ from mlx_flash.errors import BudgetError, FlashError, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.families import FAMILIES
 from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_requirements import kv_bytes, needs_of
+from mlx_flash.runtime.memory_requirements import kv_bytes, memory_requirements
 from mlx_flash.storage.reader import RowReader
 
 WIDE = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}
@@ -36,7 +36,7 @@ def directory(tmp_path_factory):
 
 def needs(directory, context=64):
     gc.collect()
-    return needs_of(directory, RowReader(directory.rows), context)
+    return memory_requirements(directory, RowReader(directory.rows), context)
 
 
 def test_budgets_change_what_is_kept_not_the_tokens(directory):

@@ -6,9 +6,9 @@ import pytest
 from support.budgets import MACHINE, MB, NEEDS
 
 from mlx_flash.errors import BudgetError
-from mlx_flash.runtime.memory_plan import SparseNeeds, make_sparse_plan
+from mlx_flash.runtime.memory_plan import PagingRequirements, make_sparse_plan
 
-SPARSE = SparseNeeds(
+SPARSE = PagingRequirements(
     predictors=(MB,) * 10,
     slots=(20_000,) * 10,
     rows=(1000,) * 10,

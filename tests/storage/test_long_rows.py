@@ -541,7 +541,7 @@ def test_what_was_built_on_slots_is_done_before_they_are_foretold_over(cache):
     cache, _, _, block = cache
     cache.fetch(rows_of(0, 1, 2))
     total = cache.memory.arrays["gate.weight"][cache.table.slot_of[0]].astype(mx.float32).sum()
-    cache.built(total)
+    cache.retain_until_evaluated(total)
     cache.foretell(rows_of(3, 4, 5))
     for reads in cache._pending.values():
         cache._reader.wait(reads)
@@ -574,7 +574,7 @@ def test_a_foretold_read_that_fails(cache):
 def test_claim_waits_for_what_was_foretold(cache):
     cache, _, _, block = cache
     cache.foretell(rows_of(1, 4))
-    here, keep = cache.claim(rows_of(0, 1, 4, 6, 8))
+    here, keep = cache.reserve(rows_of(0, 1, 4, 6, 8))
     assert (here >= 0).tolist() == [False, True, True, False, False]
     assert (keep >= 0).sum() == 1
     for row, slot in zip((1, 4), here[1:3], strict=True):

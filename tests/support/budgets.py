@@ -1,9 +1,9 @@
 """Memory requirements of a made-up model."""
 
-from mlx_flash.runtime.memory_plan import Needs
+from mlx_flash.runtime.memory_plan import MemoryRequirements
 
 MB = 10**6
-NEEDS = Needs(
+NEEDS = MemoryRequirements(
     process=100 * MB,
     resident=50 * MB,
     kv_cache=5 * MB,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, LRU, Belady, make_policy
-from mlx_flash.runtime.memory_plan import SparseNeeds
+from mlx_flash.runtime.memory_plan import PagingRequirements
 
 from .stack_distance import Trace, depths, misses, within
 
@@ -121,20 +121,20 @@ def layer_figures(asked: Asked) -> dict[str, Any]:
 
 
 def capacities(
-    split: str, layers: Sequence[dict[str, Any]], needs: SparseNeeds, room: int
+    split: str, layers: Sequence[dict[str, Any]], needs: PagingRequirements, room: int
 ) -> tuple[int, ...]:
     """Slots of each layer by one of ``SPLITS``, from the layers' figures."""
     if split == "measured":
         curves = tuple(tuple(layer["misses"]) for layer in layers)
-        return SparseNeeds(**vars(needs) | {"curves": curves}).capacities(room)
+        return PagingRequirements(**vars(needs) | {"curves": curves}).capacities(room)
     demand = needs.rows
     if split == "distinct":
         demand = tuple(layer["distinct"][DEMAND_TOKENS] for layer in layers)
-    return SparseNeeds(**vars(needs) | {"demand": demand, "curves": None}).capacities(room)
+    return PagingRequirements(**vars(needs) | {"demand": demand, "curves": None}).capacities(room)
 
 
 def compare_splits(
-    layers: Sequence[dict[str, Any]], needs: SparseNeeds, curves: Sequence[np.ndarray]
+    layers: Sequence[dict[str, Any]], needs: PagingRequirements, curves: Sequence[np.ndarray]
 ) -> dict[str, Any]:
     """Misses per token of every way to share slots out, on text that none of them has seen.
 

@@ -37,7 +37,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.model_directory.expert_demand_file import ExpertDemand
 from mlx_flash.models import mixtures
 from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_requirements import MLX_CACHE, sparse_needs
+from mlx_flash.runtime.memory_requirements import MLX_CACHE, paging_requirements
 
 from . import figures as figures_module
 from . import report as report_module
@@ -139,7 +139,7 @@ class _Job:
                 warm = self.text.validation.size
                 unseen.append(figures_module.curve(other.trace(), other.experts, warm))
             self.progress("counting", self.layers, self.layers)
-            needs = sparse_needs(self.directory, None)
+            needs = paging_requirements(self.directory, None)
             splits = figures_module.compare_splits(figures, needs, unseen)
         return self._write(figures, splits)
 

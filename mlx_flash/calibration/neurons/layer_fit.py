@@ -27,7 +27,7 @@ from mlx_flash.errors import CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.models.families import Ffn
-from mlx_flash.models.quantized_rows import Packed
+from mlx_flash.models.quantized_rows import QuantizedRows
 from mlx_flash.paging.row_weights import resident_part
 from mlx_flash.predictors.predictor import LowRank, importance
 from mlx_flash.predictors.predictor_file import LayerPredictor
@@ -106,7 +106,9 @@ class _Layers:
         found = {}
         for part in self.ffn.parts:
             rows = resident_part(self.reader, layer, part, self.directory.scheme)
-            found[part] = _float32(rows.floats(mx.float32) if isinstance(rows, Packed) else rows)
+            found[part] = _float32(
+                rows.floats(mx.float32) if isinstance(rows, QuantizedRows) else rows
+            )
         return found
 
     def strength(self, layer: int, norms: np.ndarray) -> np.ndarray:
