@@ -37,7 +37,7 @@ FIRST, APART = 60_000, 9_600  # letters of Persuasion; the report's text comes l
 
 
 class Codes:
-    """QuantizedRows tensors on disk.
+    """Quantised tensors on disk.
 
     Args:
         path: a directory that is there.

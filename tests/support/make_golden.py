@@ -1,6 +1,6 @@
 """Golden files for test_models.py: tiny random checkpoints and what transformers makes of them.
 
-MemoryRequirements its own environment; the tests need only what this writes.
+Needs its own environment; the tests need only what this writes.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
     python tests/make_golden.py

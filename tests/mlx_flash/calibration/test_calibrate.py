@@ -31,7 +31,7 @@ from mlx_flash.models.registry import get_classes
 from mlx_flash.predictors.predictor_file import NAME, read
 from mlx_flash.runtime.load import load_model
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 QUICK = {"tokens": 1024, "rank": 64}
 RAISED = {
     "tokens": 1024,

@@ -17,7 +17,7 @@ from mlx_flash.errors import UsageError
 from mlx_flash.performance import bench, disk_speed, trial_run
 from mlx_flash.performance.budget_forecast import BudgetForecast
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.fixture(scope="module")

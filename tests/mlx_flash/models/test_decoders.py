@@ -20,7 +20,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import OWN, get_classes
 from mlx_flash.runtime.load import load_model
 
-GOLDEN = {file.stem: file for file in sorted((Path(__file__).parents[1] / "golden").iterdir())}
+GOLDEN = {file.stem: file for file in sorted((Path(__file__).parents[2] / "golden").iterdir())}
 TOLERANCE = 1e-4
 YARN = {"type": "yarn", "factor": 2.0}
 

@@ -14,7 +14,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 PROMPT = "She had been some minutes in the room"
 
 

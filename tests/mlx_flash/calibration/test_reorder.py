@@ -38,7 +38,7 @@ from mlx_flash.storage.read_requests import (
     plan_scattered,
 )
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 TOKENS = 1024
 # Family, what makes it so, whether it is quantised, kind of predictors to put in.
 KINDS = {

@@ -26,7 +26,7 @@ from mlx_flash.model_directory import writing
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.storage.row_writer import RowFileWriter
 
-DIE = Path(__file__).parents[1] / "support" / "convert_and_die.py"
+DIE = Path(__file__).parents[2] / "support" / "convert_and_die.py"
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

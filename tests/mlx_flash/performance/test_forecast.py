@@ -23,7 +23,7 @@ from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.memory_plan import Plan
 from mlx_flash.storage.reader import RowReader
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 DISK = DiskSpeed(
     (1, 10, 100), (0.001, 0.002, 0.01), (4e3, 4e4, 4e5), (1.0, 10.0, 50.0), 1e9, "today"
 )
