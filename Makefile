@@ -27,6 +27,7 @@ test-training:
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # The numbers of the README; needs fio, and root for the memory cgroup. Says what it skips and why.
 bench: $(VENV)/.installed-test
