@@ -76,7 +76,7 @@ class Settings:
     target: str = "iOS18"
     units: str = "cpuAndGPU"
     cache_rows: int | None = None
-    predictors: str = "auto"
+    predictor: str = "auto"
     precision: str | None = None
     rows: str = "fp16"
     part_bytes: int = PART_BYTES
