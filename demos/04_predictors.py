@@ -1,29 +1,26 @@
-"""Only the rows that fire: exact and trained predictors on a small ReLU llama, cache of 15 %.
+"""Calibration, and only the rows that fire: a small ReLU llama with a cache of 15 % of its rows.
 
 Converts the model that the tests use (trained on Jane Austen's novels, see tests/fixtures), fits
 low-rank predictors to it with ``mlx_flash calibrate``, and generates the same text with each kind.
-Offline, about two minutes.
+Offline, about two minutes on two quiet cores.
 """
 
-import subprocess
-import sys
+import os
 import time
 from pathlib import Path
 
+from _shared import OUT, mlx_flash
 from mlx_lm import stream_generate
 
 from mlx_flash import load
 
-SOURCE = Path(__file__).parents[1] / "tests" / "fixtures" / "llama-relu-austen"
-MODEL = Path(__file__).parent / "out" / "llama-relu-austen"
+SOURCE = Path(
+    os.path.relpath(Path(__file__).parents[1] / "tests" / "fixtures" / "llama-relu-austen")
+)
+MODEL = OUT / "llama-relu-austen"
 PROMPT = "She had been some minutes in the room before she was perceived by her father, who"
 TOKENS = 96
 SHARE = 0.15
-
-
-def mlx_flash(*args: str) -> None:
-    print("\n$ mlx_flash", *args, flush=True)
-    subprocess.run([sys.executable, "-m", "mlx_flash", *args], check=True)
 
 
 def run(**how: object) -> tuple[list[int], str, dict]:
