@@ -31,6 +31,7 @@ from benchmarks.support.common import OUT, cli
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.runtime.load import load_model, load_tokenizer
+from mlx_flash.runtime.options import PagingOptions
 
 PROMPT = "Write a short story about a lighthouse keeper and the sea."
 TOKENS = 128
@@ -101,9 +102,9 @@ def tokens() -> dict:
     for dtype in ("float32", "bfloat16"):
         directory = smollm(dtype)
         prompt = prompt_of(directory)
-        expected = greedy(load_model(directory, use_flash=False), prompt, TOKENS)
+        expected = greedy(load_model(directory, PagingOptions(use_flash=False)), prompt, TOKENS)
         for share in (0.0, 0.3, 1.0):
-            model = load_model(directory, kept_share=share)
+            model = load_model(directory, PagingOptions(kept_share=share))
             same = sum(a == b for a, b in zip(greedy(model, prompt, TOKENS), expected, strict=True))
             found[f"{dtype}, {share:.0%} kept"] = f"{same} of {TOKENS}"
             model.flash.close()
@@ -114,7 +115,7 @@ def logits() -> dict:
     """Logits of the GGUF load against the same weights, read by MLX, in a plain mlx-lm llama."""
     directory = smollm("float32")
     prompt = mx.array([prompt_of(directory)])
-    ours = load_model(directory, kept_share=0.3)
+    ours = load_model(directory, PagingOptions(kept_share=0.3))
     found = ours(prompt, cache=make_prompt_cache(ours))
     return {
         label: mx.abs(found - plain_llama(directory, permuted)(prompt)).max().item()
@@ -140,8 +141,8 @@ def resident() -> dict:
     """Tokens/s with everything resident over mlx-lm's dense class, pairs in one run."""
     directory = smollm("bfloat16")
     prompt = prompt_of(directory)
-    models = {"ours": load_model(directory, kept_share=1.0)}
-    models["dense"] = load_model(directory, use_flash=False)
+    models = {"ours": load_model(directory, PagingOptions(kept_share=1.0))}
+    models["dense"] = load_model(directory, PagingOptions(use_flash=False))
     times: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(8):
         for name in sorted(models, reverse=bool(repeat % 2)):
@@ -169,7 +170,7 @@ def reader() -> dict:
     """The streaming reader with decoding's own requests against fio, same size and threads."""
     found = {}
     for directory in (llama("llama-1b", 2048, 5632, 22), smollm("bfloat16")):
-        model = load_model(directory, kept_share=0.0)
+        model = load_model(directory, PagingOptions(kept_share=0.0))
         flash = model.flash
         block = min(flash.reader.max_rows(directory.rows.layout), directory.rows.layers[0].rows) * (
             directory.rows.layout.stride
@@ -220,7 +221,7 @@ def overlap() -> dict:
         (llama("llama-1b", 2048, 5632, 22), 0.5),
         (smollm("bfloat16"), 0.0),
     ):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         stream = model.flash.stream
         reads, computes, both = [], [], []
         for _ in range(3):

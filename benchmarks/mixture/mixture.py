@@ -62,6 +62,7 @@ from mlx_flash.paging.slot_memory import SlotMemory
 from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.runtime import load
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.runtime.paged_model import FlashStats
 from mlx_flash.storage import huge_pages
 from mlx_flash.storage.direct_io import open_direct
@@ -265,7 +266,7 @@ class Bench:
     def model(self) -> nn.Module:
         """Loaded with the budget, slots filled by some tokens; reads ahead as the package does."""
         ram = int(self.options.share * self.nbytes)
-        model = load_model(self.directory, ram, lookahead=True)
+        model = load_model(self.directory, PagingOptions(ram=ram, lookahead=True))
         flash = model.flash
         if len(flash.caches) < self.options.layers:
             raise RuntimeError("the budget holds every expert of some layers; take a smaller one")

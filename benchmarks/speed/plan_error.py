@@ -30,6 +30,7 @@ from mlx_flash.common.sizes import with_margin
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.performance.budget_forecast import BudgetForecast
+from mlx_flash.runtime.options import PagingOptions
 
 TARGET = 0.25
 BUDGETS = 5
@@ -71,7 +72,9 @@ MODELS: dict[str, Callable[[], Path]] = {
 
 def bench(path: Path, options: argparse.Namespace) -> dict:
     """What ``mlx_flash bench`` says of five budgets."""
-    outlook = BudgetForecast(ModelDirectory(path), options.prompt + options.gen + 2)
+    outlook = BudgetForecast(
+        ModelDirectory(path), PagingOptions(context=options.prompt + options.gen + 2)
+    )
     low, high = outlook.least + 4_000_000, outlook.most + 4_000_000
     rams = [with_margin(low + (high - low) * i // (BUDGETS - 1)) for i in range(BUDGETS)]
     file = OUT / f"plan-{path.name}.json"

@@ -46,6 +46,7 @@ from mlx_flash.paging import row_stream
 from mlx_flash.performance.inspection import describe
 from mlx_flash.predictors import predictor
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 WARM = 48  # tokens before any figure counts: slots fill
@@ -59,7 +60,7 @@ class Run:
     """A model that is given tokens one by one."""
 
     def __init__(self, directory: ModelDirectory, tokens: list[int], **how: object) -> None:
-        self.model = load_model(directory, **how)
+        self.model = load_model(directory, PagingOptions(**how))
         self.tokens = tokens
         self.cache = make_prompt_cache(self.model)
         self.at = 0

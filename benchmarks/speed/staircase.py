@@ -49,6 +49,7 @@ from mlx_flash.paging.slot_memory import SlotMemory
 from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.predictors.predictor import LowRank, Prediction, union
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions, policy_spec
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import Layer, RowFile
 from mlx_flash.storage.row_layout import RowLayout
@@ -84,10 +85,13 @@ def decode(directory: ModelDirectory, options: argparse.Namespace) -> tuple[Trac
     """The whole model over the novel's words, one at a time; what it predicts and takes."""
     model = load_model(
         directory,
-        predictor="low-rank",
-        policy=options.policy,
-        window=options.window,
-        cache_share=options.cache_share,
+        PagingOptions(
+            predictor="low-rank",
+            policy=policy_spec(
+                options.policy, options.window if options.policy == "window" else None
+            ),
+            cache_share=options.cache_share,
+        ),
     )
     watched = []
     for layer in model.layers:
@@ -123,11 +127,11 @@ def decode(directory: ModelDirectory, options: argparse.Namespace) -> tuple[Trac
     return [predictor.rows for predictor in watched], figures
 
 
-def missing(trace: Trace, rows: int, policy: str, window: int, capacity: int) -> Trace:
+def missing(trace: Trace, rows: int, policy: str, capacity: int) -> Trace:
     """What has to be read when a policy keeps rows; what passes by is read each time."""
     found: Trace = []
     for layer in trace:
-        table, keeper = SlotTable(rows, capacity), make_policy(policy, rows, window)
+        table, keeper = SlotTable(rows, capacity), make_policy(policy, rows)
         reads = []
         for active in layer:
             reads.append(active[~common.fetch(table, keeper, active)])
@@ -177,14 +181,14 @@ def staircase(directory: ModelDirectory, trace: Trace, options: argparse.Namespa
     rows = file.layers[0].rows
     capacity = round(options.cache_share * rows)
     weights = [file.path, *directory.shards]
-    window = missing(trace, rows, "window", options.window, capacity)
+    window = missing(trace, rows, f"window:{options.window}", capacity)
     steps: dict[str, Callable[[], tuple[float, float]]] = {
         "naive": lambda: common.read_through(weights),
         "hybrid": lambda: common.read_through(weights, 0.5),
         "+ predictor": Replay(file, trace, bundled=False, every=SLOW),
         "+ window": Replay(file, window, bundled=False),
         "+ bundling": Replay(file, window, bundled=True),
-        "+ lfu": Replay(file, missing(trace, rows, "lfu", options.window, capacity), bundled=True),
+        "+ lfu": Replay(file, missing(trace, rows, "lfu", capacity), bundled=True),
         "bundling without window": Replay(file, trace, bundled=True, every=SLOW),
     }
     stride = file.layout.stride
@@ -223,7 +227,7 @@ def shares(trace: Trace, rows: int) -> dict:
     """Of the recorded rows, what a window leaves to read, as shares of the FFN."""
     found = {"predicted": np.mean([r.size for layer in trace for r in layer[WARM:]]) / rows}
     for window in (1, 2, 4, 5):
-        fresh = missing(trace, rows, "window", window, rows)
+        fresh = missing(trace, rows, f"window:{window}", rows)
         mean = np.mean([r.size for layer in fresh for r in layer[WARM:]]) / rows
         found[f"fresh at window {window}"] = mean
     counts = np.zeros(rows)

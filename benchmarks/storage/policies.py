@@ -39,6 +39,7 @@ from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_plan import PagingRequirements
+from mlx_flash.runtime.options import PagingOptions
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ("opt-austen", "llama-relu-austen")
@@ -153,7 +154,7 @@ class Recorder:
 
 def record(directory: ModelDirectory, sequences: list[np.ndarray], sparsity: float = 0) -> list:
     """For each layer bits [tokens, rows / 8]; the first sequence sets thresholds, if any."""
-    model = load_model(directory, kept_share=1.0)
+    model = load_model(directory, PagingOptions(kept_share=1.0))
     recorder = Recorder(directory)
     probes.watch(model, directory.ffn, recorder)
     if sparsity:
@@ -166,7 +167,7 @@ def record(directory: ModelDirectory, sequences: list[np.ndarray], sparsity: flo
 
 def generated(directory: ModelDirectory, sequences: list[np.ndarray]) -> list[np.ndarray]:
     """What the model makes of each sequence's first tokens, sampled at temperature 0.8."""
-    model = load_model(directory, kept_share=1.0)
+    model = load_model(directory, PagingOptions(kept_share=1.0))
     found = []
     for seed, tokens in enumerate(sequences):
         mx.random.seed(seed)

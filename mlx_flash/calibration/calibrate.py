@@ -40,6 +40,7 @@ from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import Predictors
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_requirements import MLX_CACHE
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 from . import probes, recordings, report
@@ -204,7 +205,9 @@ class _Job:
             ram = max(1, self.ram - reserve)
         gc.collect()
         try:
-            model = load_model(self.directory, ram, context=self.text.length, predictor="none")
+            model = load_model(
+                self.directory, PagingOptions(ram=ram, context=self.text.length, predictor="none")
+            )
         except BudgetError as error:
             raise BudgetError(
                 f"calibration takes {show(reserve)} of the RAM budget for logits and predictors; "

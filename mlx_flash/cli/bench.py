@@ -14,10 +14,9 @@ from typing import Any
 
 from mlx_flash.common.sizes import parse_ram
 from mlx_flash.errors import UsageError
-from mlx_flash.paging.policies import DEFAULT_WINDOW
 from mlx_flash.performance.bench_plot import PLOTS, draw, matplotlib_figure
 
-from .plan import Note, add_paging, check_paging
+from .plan import Note, add_paging, check_paging, options_of
 
 
 def add(commands: Any) -> None:
@@ -75,13 +74,11 @@ def run_bench(args: argparse.Namespace) -> int:
     from mlx_flash.performance import bench
     from mlx_flash.performance.budget_forecast import BudgetForecast
 
-    window = DEFAULT_WINDOW if args.window is None else args.window
-    context = args.context or length + 2
-    outlook = BudgetForecast(directory, context, args.predictor, args.policy, window)
+    options = options_of(args, length + 2)
+    outlook = BudgetForecast(directory, options)
     settings = bench.Settings(
-        args.model, args.prompt_tokens, args.gen_tokens, args.repeats, context, args.predictor,
-        args.policy, window,
-    )  # fmt: skip
+        args.model, args.prompt_tokens, args.gen_tokens, args.repeats, options
+    )
     rams = wanted or bench.sweep(outlook, platform.machine())
     usable = [ram for ram in rams if outlook.view(ram).plan]
     if usable:
@@ -146,8 +143,6 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]], settings: Any) -
     if not rows:
         args.interrupted = "interrupted before any budget was finished"
         return
-    from dataclasses import asdict
-
     from mlx_flash.common import user_cache
     from mlx_flash.performance import bench
 
@@ -160,7 +155,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]], settings: Any) -
     found = {
         "machine": user_cache.machine_name(),
         "date": date.today().isoformat(),
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "budgets": rows,
     }
     text = json.dumps(found)

@@ -72,6 +72,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     directory = ModelDirectory(args.model)
     from mlx_flash.runtime.load import load_model, load_tokenizer
+    from mlx_flash.runtime.options import PagingOptions, policy_spec
     from mlx_flash.runtime.pagers import slow_back_end
 
     tokenizer = load_tokenizer(directory)
@@ -85,16 +86,15 @@ def run_generate(args: argparse.Namespace) -> int:
             f"{len(prompt)} prompt tokens and --max-tokens {args.max_tokens} are more than the "
             f"{limit} positions that the model was made for"
         )
-    model = load_model(
-        directory,
-        args.ram,
-        not args.dense,
+    options = PagingOptions(
+        ram=None if args.ram is None else parse_ram(args.ram),
         context=context,
+        use_flash=not args.dense,
         predictor=args.predictor,
-        policy=args.policy or DEFAULT_POLICY,
-        window=DEFAULT_WINDOW if args.window is None else args.window,
+        policy=policy_spec(args.policy or DEFAULT_POLICY, args.window),
         lookahead=args.lookahead,
     )
+    model = load_model(directory, options)
     if note := slow_back_end(directory):
         print(f"mlx_flash: note: {note}", file=sys.stderr)
     result = _stream(args, model, tokenizer, prompt)

@@ -14,6 +14,7 @@ from typing import Any
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import UsageError
 from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, POLICIES
+from mlx_flash.runtime.options import PagingOptions, policy_spec
 
 from .generate import PREDICTORS
 
@@ -73,13 +74,21 @@ def run_plan(args: argparse.Namespace) -> int:
     directory = ModelDirectory(args.model)
     from mlx_flash.performance.budget_forecast import BudgetForecast
 
-    window = DEFAULT_WINDOW if args.window is None else args.window
-    outlook = BudgetForecast(directory, args.context, args.predictor, args.policy, window)
+    outlook = BudgetForecast(directory, options_of(args))
     outlook.plan(ram)  # before anything is measured: too small a budget is an error
     outlook.measure(ram, args.remeasure, Note())
     found = describe(outlook, ram)
     print(json.dumps(found, indent=2) if args.json else report(found))
     return 0
+
+
+def options_of(args: argparse.Namespace, context: int | None = None) -> PagingOptions:
+    """The options that the flags of ``add_paging`` and ``--context`` stand for."""
+    return PagingOptions(
+        context=args.context or context,
+        predictor=args.predictor,
+        policy=policy_spec(args.policy, args.window),
+    )
 
 
 class Note:
@@ -101,7 +110,7 @@ def describe(outlook: Any, ram: int) -> dict[str, Any]:
         "layers": len(directory.rows.layers),
         "rows": list(outlook.layers.rows),
         "predictor": outlook.selection.kind if outlook.selection else "none",
-        "policy": outlook.model.policy,
+        "policy": outlook.model.options.policy_name,
         "context": outlook.needs.context,
         "ram_bytes": ram,
         "least_bytes": outlook.least,

@@ -134,12 +134,21 @@ POLICIES: dict[str, Callable[[int, int], Policy]] = {
 DEFAULT_POLICY = "lfu"  # the most hits in benchmarks/policies.py
 
 
-def make_policy(name: str, rows: int, window: int = DEFAULT_WINDOW) -> Policy:
-    """A policy by its name on the command line, for a layer of so many rows.
+def make_policy(spec: str, rows: int) -> Policy:
+    """A policy for a layer of so many rows.
+
+    Args:
+        spec: its name, and for "window" the number of tokens if another than the paper's:
+            "lfu", "lru", "window", "window:8".
 
     Raises:
         CacheError: no such policy, or no such window.
     """
+    name, colon, value = spec.partition(":")
     if name not in POLICIES:
         raise CacheError(f"policy {name!r}; expected one of {', '.join(POLICIES)}")
-    return POLICIES[name](rows, window)
+    if not colon:
+        return POLICIES[name](rows, DEFAULT_WINDOW)
+    if name != "window" or not value.lstrip("-").isdecimal():
+        raise CacheError(f"policy {spec!r}; expected window:K with K tokens, such as window:4")
+    return POLICIES[name](rows, int(value))

@@ -19,11 +19,12 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Thread
 from typing import Any
 
 from mlx_flash.common.sizes import show
+from mlx_flash.runtime.options import PagingOptions
 
 from .budget_forecast import BudgetForecast
 
@@ -40,10 +41,7 @@ class Settings:
     prompt_tokens: int
     gen_tokens: int
     repeats: int
-    context: int
-    predictor: str
-    policy: str
-    window: int
+    options: PagingOptions
 
     @property
     def total(self) -> int:
@@ -54,6 +52,19 @@ class Settings:
     def warm(self) -> int:
         """Tokens decoded before the repetition in the middle."""
         return self.gen_tokens * (1 + self.repeats // 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """For people's programs."""
+        return {
+            "model": self.model,
+            "prompt_tokens": self.prompt_tokens,
+            "gen_tokens": self.gen_tokens,
+            "repeats": self.repeats,
+            "context": self.options.context,
+            "predictor": self.options.predictor,
+            "policy": self.options.policy_name,
+            "window": self.options.window,
+        }
 
 
 def sweep(outlook: BudgetForecast, machine: int) -> list[int]:
@@ -85,7 +96,8 @@ def run(settings: Settings, ram: int, progress: Progress) -> dict[str, Any]:
     try:
         if process.stdin:
             with contextlib.suppress(BrokenPipeError), process.stdin:
-                json.dump(asdict(settings) | {"ram": ram}, process.stdin)
+                options = settings.options.replace(ram=ram)
+                json.dump(asdict(replace(settings, options=options)), process.stdin)
         for line in process.stdout or ():
             try:
                 said = json.loads(line)

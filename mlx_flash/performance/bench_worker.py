@@ -1,7 +1,8 @@
-"""One budget of ``mlx_flash bench``, in a process of its own: ``python -m mlx_flash.bench_run``.
+"""One budget of ``mlx_flash bench``, in a process of its own.
 
-Takes settings as one JSON object on stdin and gives one JSON object a line on stdout: what was
-done since (``done``), and at the end figures (``figures``) or why there are none (``error``).
+Run as ``python -m mlx_flash.performance.bench_worker``. It takes settings as one JSON object on
+stdin and writes one JSON object a line to stdout: the tokens done since the last line (``done``),
+and at the end the figures (``figures``) or the reason why there are none (``error``).
 
 Knows: one run. Does not know: other budgets, what is printed for people.
 """
@@ -25,6 +26,7 @@ def run(settings: dict[str, Any], say: TextIO) -> dict[str, Any]:
     from mlx_flash.common import platform
     from mlx_flash.model_directory.directory import ModelDirectory
     from mlx_flash.runtime.load import load_model, load_tokenizer
+    from mlx_flash.runtime.options import PagingOptions
 
     from .teacher_forcing import book, walk
 
@@ -33,14 +35,7 @@ def run(settings: dict[str, Any], say: TextIO) -> dict[str, Any]:
     prompt, generated, repeats = (settings[n] for n in ("prompt_tokens", "gen_tokens", "repeats"))
     length = prompt + generated
     tokens = book(tokenizer, length * (repeats + 1)).reshape(repeats + 1, length)
-    model = load_model(
-        directory,
-        settings["ram"],
-        context=settings["context"],
-        predictor=settings["predictor"],
-        policy=settings["policy"],
-        window=settings["window"],
-    )
+    model = load_model(directory, PagingOptions(**settings["options"]))
     # The loop begins one token more than it gives out, and that is not a user's token.
     model.flash.max_tokens = None
 

@@ -14,11 +14,12 @@ from mlx_flash.common.sizes import parse_ram, with_margin
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, make_policy
+from mlx_flash.paging.policies import DEFAULT_POLICY
 from mlx_flash.predictors.selection import select
 from mlx_flash.runtime.load import choose_sparse, load_tokenizer
 from mlx_flash.runtime.memory_plan import Plan, make_plan
 from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.runtime.pagers import check_back_end
 from mlx_flash.storage.reader import RowReader
 
@@ -50,8 +51,7 @@ class BudgetForecast:
     """Budgets of one model directory.
 
     Args:
-        context: tokens, prompt and generated, that budgets are planned for; None as ``load``.
-        predictor, policy, window: as ``load`` takes them.
+        options: how it is to be run; their budget does not count.
 
     Raises:
         FlashError: the model cannot be run that way.
@@ -60,31 +60,25 @@ class BudgetForecast:
     def __init__(
         self,
         directory: ModelDirectory,
-        context: int | None = None,
-        predictor: str = "auto",
-        policy: str = DEFAULT_POLICY,
-        window: int = DEFAULT_WINDOW,
+        options: PagingOptions | None = None,
     ) -> None:
-        if context is not None and context < 1:
-            raise BudgetError(f"a context is at least one token, got {context}")
+        options = options or PagingOptions()
+        predictor = options.predictor
         check_back_end(directory)
-        make_policy(policy, 1, window)
         self.directory = directory
         self.tokenizer = load_tokenizer(directory)  # a part of what a process takes
         self.selection = select(directory, predictor)
         pages = bool(self.selection or directory.mixture)
         reader = RowReader(directory.rows)
         try:
-            self.needs = memory_requirements(directory, reader, context)
+            self.needs = memory_requirements(directory, reader, options.context)
             self.direct = reader.direct
         finally:
             reader.close()
         self.curves = expert_demand_file.curves_of(directory) if predictor != "none" else None
         sparse = paging_requirements(directory, self.selection, self.curves) if pages else None
         self._explicit = predictor != "auto" or self.selection is None
-        self.model = Model(
-            directory, self.needs, sparse, self.selection, predictor, policy, window, self.tokenizer
-        )
+        self.model = Model(directory, self.needs, sparse, self.selection, options, self.tokenizer)
         layers = directory.rows.layers
         self.layers = Layers(
             tuple(layer.rows for layer in layers),
@@ -154,7 +148,7 @@ class BudgetForecast:
     @property
     def uses_curves(self) -> bool:
         """Whether misses are taken from what calibration measured, not from the rehearsal."""
-        return self.curves is not None and self.model.policy == DEFAULT_POLICY
+        return self.curves is not None and self.model.options.policy == DEFAULT_POLICY
 
     def _forecast(self, plan: Plan, warm: int | None, count: int | None) -> Forecast:
         model = self.model
@@ -163,6 +157,6 @@ class BudgetForecast:
         if self.disk is None:
             raise ValueError("nothing was measured")
         return forecast(
-            plan, self.layers, self.disk, self.rehearsal, model.policy, model.window,
+            plan, self.layers, self.disk, self.rehearsal, model.options.policy,
             warm=warm, curves=curves, **how,
         )  # fmt: skip

@@ -137,21 +137,18 @@ def forecast(
     disk: DiskSpeed,
     rehearsal: TrialRun,
     policy: str,
-    window: int,
     *,
     warm: int | None = None,
     count: int = COUNTED,
-    overlap: float | None = None,
     curves: Sequence[Sequence[float]] | None = None,
 ) -> Forecast:
     """The forecast for a plan.
 
     Args:
-        policy, window: which rows leave the slots.
+        policy: which rows leave the slots, see ``make_policy``.
         warm: tokens decoded before, which the slots still hold rows of; None for as many as the
             trace has.
         count: tokens decoded then.
-        overlap: see ``Timing.overlap``; None for what was measured.
         curves: of each layer, misses per token by number of slots, where they were measured on
             more text than the rehearsal's.
     """
@@ -159,7 +156,7 @@ def forecast(
     if plan.slots:
         way = rehearsal.ways["paged"]
         read, nbytes, requests, missing = _paged(
-            plan, disk, way, rehearsal, policy, window, warm, count, curves
+            plan, disk, way, rehearsal, policy, warm, count, curves
         )
         wanted = sum(rehearsal.use.per_token(i) for i in plan.slots) if rehearsal.use else missing
         paged = sum(layers.rows[i] for i in plan.slots) / total
@@ -178,8 +175,8 @@ def forecast(
     base = way.compute - way.per_request * way.requests
     compute = paged * base + (1 - paged) * _resident(rehearsal).compute
     compute += way.per_request * requests
-    share = way.overlap if overlap is None else overlap
-    return Forecast(nbytes, requests, read, compute, share * min(read, compute), wanted, missing)
+    hidden = way.overlap * min(read, compute)
+    return Forecast(nbytes, requests, read, compute, hidden, wanted, missing)
 
 
 def _resident(rehearsal: TrialRun) -> Timing:
@@ -194,7 +191,6 @@ def _paged(
     way: Timing,
     rehearsal: TrialRun,
     policy: str,
-    window: int,
     warm: int | None,
     count: int,
     curves: Sequence[Sequence[float]] | None,
@@ -208,8 +204,8 @@ def _paged(
         elif use is not None:
             count = min(count, use.tokens)
             stop = use.tokens if warm is None else min(use.tokens, warm + count)
-            steps = use.steps(layer, range(max(0, stop - count - (warm or stop)), stop))
-            rule = make_policy(policy, use.rows[layer], window)
+            steps = use.steps(layer, range(stop))
+            rule = make_policy(policy, use.rows[layer])
             lacking = row_trace.misses(steps, use.rows[layer], slots, rule)[-count:]
         else:
             raise ValueError("a plan with slots needs a trace of the rows that tokens need")

@@ -43,6 +43,7 @@ from mlx_flash.runtime.memory_plan import (
     sparse_plan_of,
 )
 from mlx_flash.runtime.memory_requirements import memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 from . import disk_speed, row_trace
@@ -72,9 +73,7 @@ class Model:
     needs: MemoryRequirements
     sparse: PagingRequirements | None
     selection: Selection | None
-    predictor: str
-    policy: str
-    window: int
+    options: PagingOptions
     tokenizer: Any
 
     @property
@@ -142,7 +141,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "disk": directory.rows.path.stat().st_dev,
         "predictor": model.selection.kind if model.selection else None,
         "trained": trained,
-        "policy": [model.policy, model.window] if model.sparse else None,
+        "policy": model.options.policy if model.sparse else None,
         "lookahead": LOOKAHEAD,
     }
 
@@ -189,15 +188,14 @@ class _Trial:
     def run(self, way: str) -> Timing:
         """Load the model one way and time it; of rows that are chosen, record which."""
         self.progress(f"timing, {way}")
-        how: dict[str, Any] = {"predictor": self.model.predictor, "policy": self.model.policy}
-        how |= {"window": self.model.window}
+        options = self.model.options.replace(ram=self.ram, context=self.length + 2)
         if way == "paged":
-            how["cache_share"] = self._share()
+            options = options.replace(cache_share=self._share())
         elif not self.model.directory.mixture:
-            how = {"kept_share": 0.0 if way == "streamed" else 1.0}
+            options = options.replace(kept_share=0.0 if way == "streamed" else 1.0)
         else:
-            how["cache_share"] = 1.0
-        with self._loaded(how) as loaded:
+            options = options.replace(cache_share=1.0)
+        with self._loaded(options) as loaded:
             runs = [self._walk(loaded, self.first, self.second)]
             if way == "paged":  # the first run has touched all memory, the last finds its rows
                 runs = [self._walk(loaded, self.second, self.length - 2) for _ in range(2)]
@@ -215,12 +213,12 @@ class _Trial:
         )
 
     @contextmanager
-    def _loaded(self, how: dict[str, Any]) -> Iterator[nn.Module]:
+    def _loaded(self, options: PagingOptions) -> Iterator[nn.Module]:
         limit = mx.set_cache_limit(0)
         mx.set_cache_limit(limit)
         model = None
         try:
-            model = load_model(self.model.directory, self.ram, context=self.length + 2, **how)
+            model = load_model(self.model.directory, options)
             model.flash.max_tokens = None
             yield model
         finally:
@@ -349,7 +347,7 @@ class _Trial:
             ):
                 steps += use.prompt(layer, range(prompt), plan.step, paged)
                 steps += use.steps(layer, range(prompt, stop))
-            policy = make_policy(model.policy, use.rows[layer], model.window)
+            policy = make_policy(model.options.policy, use.rows[layer])
             lacking = row_trace.misses(steps, use.rows[layer], slots, policy)[-counted:]
             seconds += float(np.mean([self.disk.time(n) for n in lacking]))
             nbytes += float(np.mean([self.disk.bytes_for(n) for n in lacking]))

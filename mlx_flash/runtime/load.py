@@ -27,11 +27,7 @@ from mlx_flash.errors import BudgetError, PredictorError
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import INVENTED, get_classes
-from mlx_flash.paging.policies import (
-    DEFAULT_POLICY,
-    DEFAULT_WINDOW,
-    make_policy,
-)
+from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
 
@@ -46,6 +42,7 @@ from .memory_plan import (
     split,
 )
 from .memory_requirements import MLX_CACHE, foreign_errors, memory_requirements, paging_requirements
+from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
 
 # Whether to read ahead by default: see benchmarks/sparse_speed.py and benchmarks/mixture.py.
@@ -61,7 +58,7 @@ def load(
     kept_share: float | None = None,
     predictor: str = "auto",
     policy: str = DEFAULT_POLICY,
-    window: int = DEFAULT_WINDOW,
+    window: int | None = None,
     cache_share: float | None = None,
     lookahead: bool | None = None,
 ) -> tuple[nn.Module, Any]:
@@ -83,8 +80,8 @@ def load(
             else what is exact and fits. Where the budget holds every row nothing is predicted. Of
             mixtures nothing is predicted either; with "none" their layers get equal shares of the
             budget, whatever ``calibrate`` measured.
-        policy: which rows leave the cache: window, lru or lfu.
-        window: tokens that the policy "window" keeps rows for.
+        policy: which rows leave the cache: "lfu", "lru" or "window".
+        window: tokens that the policy "window" keeps rows for; None for 4.
         cache_share: for experiments, the share of every layer's rows that the cache holds, instead
             of what the budget would buy.
         lookahead: whether to read ahead what the next layer's low-rank predictor names, or, of
@@ -100,21 +97,19 @@ def load(
     Raises:
         FlashError: see its subclasses; each message says what to do.
     """
+    options = PagingOptions(
+        ram=None if ram is None else parse_ram(ram),
+        context=context,
+        use_flash=use_flash,
+        predictor=predictor,
+        policy=policy_spec(policy, window),
+        lookahead=lookahead,
+        kept_share=kept_share,
+        cache_share=cache_share,
+    )
     directory = ModelDirectory(path)
     tokenizer = load_tokenizer(directory)
-    model = load_model(
-        directory,
-        ram,
-        use_flash,
-        context=context,
-        kept_share=kept_share,
-        predictor=predictor,
-        policy=policy,
-        window=window,
-        cache_share=cache_share,
-        lookahead=lookahead,
-    )
-    return model, tokenizer
+    return load_model(directory, options), tokenizer
 
 
 def load_tokenizer(directory: ModelDirectory) -> Any:
@@ -128,77 +123,62 @@ def load_tokenizer(directory: ModelDirectory) -> Any:
         return utils.load_tokenizer(directory.path, extra, eos_token_ids=eos)
 
 
-def load_model(
-    directory: ModelDirectory,
-    ram: int | str | None = None,
-    use_flash: bool = True,
-    *,
-    context: int | None = None,
-    kept_share: float | None = None,
-    predictor: str = "auto",
-    policy: str = DEFAULT_POLICY,
-    window: int = DEFAULT_WINDOW,
-    cache_share: float | None = None,
-    lookahead: bool | None = None,
-) -> nn.Module:
-    """Like ``load``, without the tokenizer."""
-    if context is not None and context < 1:
-        raise BudgetError(f"a context is at least one token, got {context}")
+def load_model(directory: ModelDirectory, options: PagingOptions | None = None) -> nn.Module:
+    """Like ``load``, without the tokenizer; None for the options' defaults."""
+    options = options or PagingOptions()
     pagers.check_back_end(directory)
-    make_policy(policy, 1, window)
-    if directory.mixture and kept_share is not None:
+    if directory.mixture and options.kept_share is not None:
         raise BudgetError("kept_share is for models without experts; give cache_share")
-    predicts = use_flash and kept_share is None
-    selection = select(directory, predictor) if predicts else None
+    predicts = options.use_flash and options.kept_share is None
+    selection = select(directory, options.predictor) if predicts else None
     kind = selection.kind if selection else "none"
-    if lookahead and kind != "low-rank" and not directory.mixture:
+    if options.lookahead and kind != "low-rank" and not directory.mixture:
         raise PredictorError(
             f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "
             f"predictor {kind}; leave it out"
         )
     reader = RowReader(directory.rows)
     try:
-        needs = memory_requirements(directory, reader, context)
-        budget = platform.machine() * 3 // 4 if ram is None else parse_ram(ram)
-        if use_flash and kept_share is None and (selection or directory.mixture):
-            explicit = predictor != "auto" or selection is None
-            curves = expert_demand_file.curves_of(directory) if predictor != "none" else None
-            plan = choose_sparse(budget, needs, directory, selection, explicit, cache_share, curves)
+        needs = memory_requirements(directory, reader, options.context)
+        budget = platform.machine() * 3 // 4 if options.ram is None else options.ram
+        if predicts and (selection or directory.mixture):
+            explicit = options.predictor != "auto" or selection is None
+            given = options.predictor != "none"
+            curves = expert_demand_file.curves_of(directory) if given else None
+            share = options.cache_share
+            plan = choose_sparse(budget, needs, directory, selection, explicit, share, curves)
         else:
-            plan = _choose(budget, needs, use_flash, kept_share, limited=ram is not None)
-        policies = functools.partial(make_policy, policy, window=window)
+            plan = _choose(budget, needs, options)
+        policies = functools.partial(make_policy, options.policy)
+        lookahead = options.lookahead
         if lookahead is None:
             lookahead = LOOKAHEAD[directory.unit]
         flash = PagedModel(directory, plan, reader, selection, policies, lookahead)
-        if ram is not None:
+        if options.ram is not None:
             mx.set_cache_limit(MLX_CACHE)
             flash.max_tokens = needs.context
-        classes = functools.partial(_classes, flash=flash, paged=use_flash)
+        classes = functools.partial(_classes, flash=flash, paged=options.use_flash)
         with foreign_errors(directory):
             model, _ = utils.load_model(directory.path, lazy=True, get_model_classes=classes)
             flash.start(model)
-        if use_flash:
+        if options.use_flash:
             model.flash = flash
     except BaseException:
         reader.close()
         raise
-    if not use_flash:
+    if not options.use_flash:
         reader.close()
     return model
 
 
-def _choose(
-    budget: int, needs: MemoryRequirements, use_flash: bool, kept_share: float | None, limited: bool
-) -> Plan:
+def _choose(budget: int, needs: MemoryRequirements, options: PagingOptions) -> Plan:
     count = len(needs.layers)
     check_machine(budget, platform.machine())
-    if kept_share is not None or not use_flash:
-        share = 1.0 if not use_flash else kept_share
-        if not 0 <= share <= 1:
-            raise BudgetError(f"kept_share is a share from 0 to 1, got {share}")
+    if options.kept_share is not None or not options.use_flash:
+        share = 1.0 if not options.use_flash else options.kept_share
         streamed = count - round(share * count)
         kept, chosen = split(count, streamed)
-        if limited and not use_flash and needs.dense > budget:
+        if options.ram is not None and not options.use_flash and needs.dense > budget:
             raise BudgetError(
                 f"the dense model needs {show(needs.dense)}, the RAM budget is {show(budget)}; "
                 "run it without --dense, or with a larger budget"
@@ -227,8 +207,6 @@ def choose_sparse(
     """
     sparse = paging_requirements(directory, selection, curves)
     if cache_share is not None:
-        if not 0 < cache_share <= 1:
-            raise BudgetError(f"cache_share is a share above 0, at most 1, got {cache_share}")
         capacities = [max(1, round(cache_share * rows)) for rows in sparse.rows]
         return sparse_plan_of(None, needs, sparse, capacities, needs.max_step)
     try:

@@ -14,6 +14,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.families import FAMILIES
 from mlx_flash.models.registry import get_classes
 from mlx_flash.runtime.load import load, load_model
+from mlx_flash.runtime.options import PagingOptions
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -35,7 +36,7 @@ def test_same_as_dense(tmp_path, page_cache, request, family, dtype):
     dense.update(tree_map(mx.contiguous, dense.parameters()))
     expected = logits(dense)
     for share in (0.0, 0.3, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert len(model.flash.plan.kept) == round(share * len(directory.rows.layers))
         assert mx.array_equal(logits(model), expected), f"logits at share {share}"
         if share in talks:
@@ -62,7 +63,7 @@ def test_wide_rows_scatter(tmp_path):
         tmp_path / "hf", "llama", "float32", hidden_size=1024, num_attention_heads=8, head_dim=32
     )
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
-    model = load_model(directory, kept_share=0.3)
+    model = load_model(directory, PagingOptions(kept_share=0.3))
     assert model.flash.reader.file.layout.scatters
     dense, _ = utils.load_model(source)
     assert mx.array_equal(logits(model), logits(dense))
@@ -77,7 +78,7 @@ def test_padded_parts(tmp_path):
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     layout = directory.rows.layout
     assert layout.extents[0] > layout.parts[0].nbytes
-    model = load_model(directory, kept_share=0.0)
+    model = load_model(directory, PagingOptions(kept_share=0.0))
     dense, _ = utils.load_model(source)
     assert mx.array_equal(logits(model), logits(dense))
     assert greedy(model, 32) == greedy(dense, 32)
@@ -87,7 +88,7 @@ def test_prompt_in_chunks(tmp_path):
     """A prompt longer than the plan's chunk gives the logits of the whole prompt."""
     source = make_checkpoint(tmp_path / "hf", "llama", "float32")
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
-    model = load_model(directory, kept_share=0.0)
+    model = load_model(directory, PagingOptions(kept_share=0.0))
     object.__setattr__(model.flash.plan, "step", 16)
     dense, _ = utils.load_model(source)
     prompt = [(7 * i) % 250 + 3 for i in range(75)]
@@ -104,7 +105,7 @@ def test_broken_off_forward(tmp_path):
     """After a forward pass that stopped half way the next one starts at the first layer again."""
     source = make_checkpoint(tmp_path / "hf", "llama", "float32")
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
-    model = load_model(directory, kept_share=0.0)
+    model = load_model(directory, PagingOptions(kept_share=0.0))
     expected = greedy(model, 8)
     x = mx.zeros((1, 1, model.args.hidden_size))
     model.layers[0].mlp(x)

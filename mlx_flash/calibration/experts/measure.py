@@ -38,6 +38,7 @@ from mlx_flash.model_directory.expert_demand_file import ExpertDemand
 from mlx_flash.models import mixtures
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_requirements import MLX_CACHE, paging_requirements
+from mlx_flash.runtime.options import PagingOptions
 
 from . import figures as figures_module
 from . import report as report_module
@@ -179,7 +180,8 @@ class _Job:
     def _loaded(self, ram: int | None, reserve: int) -> Iterator[Any]:
         try:
             model = load_model(
-                self.directory, ram, context=self.text.length, predictor="none", lookahead=False
+                self.directory,
+                PagingOptions(ram=ram, context=self.text.length, predictor="none", lookahead=False),
             )
         except BudgetError as error:
             raise BudgetError(

@@ -21,6 +21,7 @@ from mlx_flash.models import families
 from mlx_flash.predictors.predictor import LowRank, importance
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions
 
 KIND = "rows"  # of recording, see ``spool.FILES``
 PARTS = ("train", "held_out")
@@ -78,7 +79,7 @@ def record(
         recorder(replace(seen, h=find(seen).astype(seen.x.dtype)))
         return seen.h
 
-    model = load_model(directory, ram, context=text.length, predictor="none")
+    model = load_model(directory, PagingOptions(ram=ram, context=text.length, predictor="none"))
     try:
         probes.watch(model, ffn, watcher)
         for name, tokens in sequences[recorder.done :]:

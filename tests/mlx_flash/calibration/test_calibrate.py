@@ -30,6 +30,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import get_classes
 from mlx_flash.predictors.predictor_file import NAME, read
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 QUICK = {"tokens": 1024, "rank": 64}
@@ -143,7 +144,7 @@ def test_the_masked_perplexity_is_that_of_the_predictors_as_stored(opt, opt_repo
     """Computed here from the file, with the FFN written out."""
     directory = ModelDirectory(opt)
     text = module.calibration_text.load(None, module.load_tokenizer(directory), 1024, 256, 0)
-    model = load_model(directory, use_flash=False)
+    model = load_model(directory, PagingOptions(use_flash=False))
     for layer, found in zip(model.layers, predictors_of(opt).layers, strict=True):
         layer.mlp = Masked(layer.mlp, found)
     total = 0.0
@@ -344,16 +345,16 @@ def test_a_budget_is_kept_and_streaming_gives_the_same(opt, opt_report, tmp_path
     (model / NAME).unlink()
     calls = []
 
-    def streamed(directory, ram, **other):
-        calls.append((ram, other))
-        return load_model(directory, ram, **other, kept_share=0.5)
+    def streamed(directory, options):
+        calls.append(options)
+        return load_model(directory, options.replace(kept_share=0.5))
 
     ram = platform.current() + 300 * 10**6
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_model", streamed)
         found = calibrate(model, **QUICK, ram=ram)
-    assert [other["predictor"] for _, other in calls] == ["none", "none"]
-    assert calls[1][0] < calls[0][0] <= ram - probes.logits_bytes(ModelDirectory(opt))
+    assert [options.predictor for options in calls] == ["none", "none"]
+    assert calls[1].ram < calls[0].ram <= ram - probes.logits_bytes(ModelDirectory(opt))
     assert found["perplexity"]["held_out"]["dense"] == pytest.approx(
         opt_report["perplexity"]["held_out"]["dense"], rel=2e-3
     )
@@ -385,8 +386,10 @@ def test_a_threshold_below_the_zeros_loses_nothing(tmp_path, words):
     found = calibrate(model, words, kind="threshold", sparsity=0.2, tokens=1024)
     assert found["perplexity"]["held_out"]["loss"] == 0.0
     assert [layer.threshold for layer in predictors_of(model).layers] == [0.0, 0.0]
-    loaded = load_model(ModelDirectory(model), predictor="threshold", cache_share=0.9)
-    dense = load_model(ModelDirectory(model), use_flash=False)
+    loaded = load_model(
+        ModelDirectory(model), PagingOptions(predictor="threshold", cache_share=0.9)
+    )
+    dense = load_model(ModelDirectory(model), PagingOptions(use_flash=False))
     tokens = mx.array([[5, 9, 200]])
     assert mx.allclose(loaded(tokens), dense(tokens), atol=1e-4)
 
@@ -470,9 +473,9 @@ def test_watching_changes_nothing(tmp_path):
     model = tiny(tmp_path, "llama", dtype="float32")
     tokens = mx.array([[5, 9, 200, 17, 31]])
     directory = ModelDirectory(model)
-    expected = load_model(directory, use_flash=False)(tokens)
+    expected = load_model(directory, PagingOptions(use_flash=False))(tokens)
     for share in (0.0, 1.0):
-        loaded = load_model(directory, kept_share=share)
+        loaded = load_model(directory, PagingOptions(kept_share=share))
         seen = []
         probes.watch(loaded, directory.ffn, lambda s, seen=seen: seen.append(s) or s.h)
         assert (loaded(tokens) == expected).all()
@@ -484,11 +487,11 @@ def test_watching_changes_nothing(tmp_path):
 def test_what_was_fitted_can_be_run_with(opt, opt_report):
     """Paged at one token's time, the held-out text comes out about as well as when masked."""
     directory = ModelDirectory(opt)
-    model = load_model(directory, predictor="low-rank", cache_share=0.25)
+    model = load_model(directory, PagingOptions(predictor="low-rank", cache_share=0.25))
     tokenizer = module.load_tokenizer(directory)
     text = module.calibration_text.load(None, tokenizer, QUICK["tokens"], 256, 0)
     paged = probes.perplexity(model, text.held_out[:1], 1)
-    dense = load_model(directory, use_flash=False)
+    dense = load_model(directory, PagingOptions(use_flash=False))
     assert paged == pytest.approx(probes.perplexity(dense, text.held_out[:1], 256), rel=0.015)
     assert model.flash.stats().predicted > 0
 

@@ -36,6 +36,7 @@ from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.memory_plan import PagingRequirements, sparse_plan_of
 from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.runtime.slot_allocation import allocate_slots, envelope
 from mlx_flash.storage.reader import RowReader
 
@@ -261,7 +262,8 @@ def budget_for(path, slots):
 
 def loaded(path, slots, predictor):
     return load_model(
-        ModelDirectory(path), budget_for(path, slots), context=CONTEXT, predictor=predictor
+        ModelDirectory(path),
+        PagingOptions(ram=budget_for(path, slots), context=CONTEXT, predictor=predictor),
     )
 
 
@@ -293,10 +295,10 @@ def test_the_recording_is_what_the_routers_choose(calibrated, words):
     path, _ = calibrated
     directory = ModelDirectory(path)
     tokens = np.arange(3, 60, dtype=np.int32)
-    model = load_model(directory, cache_share=0.3, predictor="none")
+    model = load_model(directory, PagingOptions(cache_share=0.3, predictor="none"))
     found = trace_module.Recorder(model, TOP_K).run(tokens, 16)
     model.flash.close()
-    dense = load_model(directory, use_flash=False)
+    dense = load_model(directory, PagingOptions(use_flash=False))
     seen = []
     for layer in dense.layers:
         layer.mlp = Spy(layer.mlp, seen)
@@ -319,7 +321,7 @@ def test_families_that_route_in_other_ways(model_type, tmp_path):
     _, top_k = mixtures.expert_counts(directory.config, directory.mixture)
     found = []
     for share in (0.3, 1.0):
-        model = load_model(directory, cache_share=share)
+        model = load_model(directory, PagingOptions(cache_share=share))
         found.append(trace_module.Recorder(model, top_k).run(np.arange(3, 43, dtype=np.int32), 16))
         model.flash.close()
     layers = range(len(directory.rows.layers))
@@ -395,14 +397,14 @@ def test_a_file_of_another_model_is_refused(calibrated, tmp_path, words):
     other = expert_demand_file.ExpertDemand("0" * 64, True, demand.curves, demand.measured)
     expert_demand_file.write(path / expert_demand_file.NAME, other)
     with pytest.raises(PredictorError, match=r"another conversion of it \(rows 0000.*calibrate ag"):
-        load_model(ModelDirectory(path), cache_share=0.5)
+        load_model(ModelDirectory(path), PagingOptions(cache_share=0.5))
     short = expert_demand_file.ExpertDemand(demand.rows_fingerprint, True, demand.curves[1:])
     expert_demand_file.write(path / expert_demand_file.NAME, short)
     with pytest.raises(PredictorError, match="has figures for"):
-        load_model(ModelDirectory(path), cache_share=0.5)
-    load_model(ModelDirectory(path), cache_share=0.5, predictor="none").flash.close()
+        load_model(ModelDirectory(path), PagingOptions(cache_share=0.5))
+    load_model(ModelDirectory(path), PagingOptions(cache_share=0.5, predictor="none")).flash.close()
     calibrate(path, words, tokens=1024)
-    load_model(ModelDirectory(path), cache_share=0.5).flash.close()
+    load_model(ModelDirectory(path), PagingOptions(cache_share=0.5)).flash.close()
 
 
 def test_a_damaged_file_is_refused(calibrated, tmp_path, capsys):
@@ -411,7 +413,7 @@ def test_a_damaged_file_is_refused(calibrated, tmp_path, capsys):
     assert cli.main(["verify", "--model", str(path)]) == 0
     file.write_text(re.sub(r'"tokens": \d+', '"tokens": 7', file.read_text()))
     with pytest.raises(DamagedError, match="is damaged"):
-        load_model(ModelDirectory(path), cache_share=0.5)
+        load_model(ModelDirectory(path), PagingOptions(cache_share=0.5))
     assert cli.main(["verify", "--model", str(path)]) == 1
     file.write_text("{")
     assert cli.main(["verify", "--model", str(path)]) == 1

@@ -30,6 +30,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 from mlx_flash.runtime.load import load, load_model
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.read_requests import (
     SCATTER_ROWS,
     STAGED_SHARE,
@@ -84,7 +85,7 @@ def put_predictors(path, kind):
 
 def logits(path, **how):
     """Of some tokens one by one, so that predictors are asked."""
-    model = load_model(ModelDirectory(path), **how)
+    model = load_model(ModelDirectory(path), PagingOptions(**how))
     tokens = np.random.default_rng(0).integers(3, 256, 24).tolist()
     cache = make_prompt_cache(model)
     found = [model(mx.array([[token]]), cache=cache)[0].astype(mx.float32) for token in tokens]
@@ -157,7 +158,7 @@ def test_greedy_tokens_of_a_trained_model(tmp_path):
     assert found["written"] == str(path)
     assert found["after"]["rows"] == found["before"]["rows"]
     assert found["after"]["requests"] < 0.97 * found["before"]["requests"]
-    model = load_model(ModelDirectory(path), cache_share=0.15)
+    model = load_model(ModelDirectory(path), PagingOptions(cache_share=0.15))
     assert model.flash.selection.exact
     assert greedy(model) == expected
 

@@ -38,6 +38,7 @@ from mlx_flash.models.mixtures import find_mixture
 from mlx_flash.models.quantized_rows import QuantScheme
 from mlx_flash.models.registry import get_classes, make_model
 from mlx_flash.runtime.load import load, load_model
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.runtime.pagers import slow_back_end
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
@@ -102,12 +103,12 @@ def test_same_as_mlx_lm(wide, tmp_path, page_cache, bits, group_size):
     reference = quantised_by_mlx_lm(source, bits, group_size)
     expected, tokens = logits(reference), greedy(reference, 4)
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert len(model.flash.plan.streamed) == round((1 - share) * 2)
         assert mx.array_equal(logits(model), expected), f"logits at share {share}"
         assert greedy(model, 4) == tokens
         model.flash.close()
-    assert mx.array_equal(logits(load_model(directory, use_flash=False)), expected)
+    assert mx.array_equal(logits(load_model(directory, PagingOptions(use_flash=False))), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,7 +119,7 @@ def test_128_tokens(wide, tmp_path, bits, group_size, dtype):
     tokens = greedy(quantised_by_mlx_lm(wide[dtype], bits, group_size))
     assert len(tokens) == 128
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert greedy(model) == tokens, f"tokens at share {share}"
         model.flash.close()
 
@@ -129,7 +130,9 @@ def test_cast_before_quantising(wide, tmp_path, page_cache, cast):
     (source,) = (path for dtype, path in wide.items() if dtype != cast)
     directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True, dtype=cast))
     reference = quantised_by_mlx_lm(source, 4, 64, dtype=getattr(mx, cast))
-    assert mx.array_equal(logits(load_model(directory, kept_share=0.0)), logits(reference))
+    assert mx.array_equal(
+        logits(load_model(directory, PagingOptions(kept_share=0.0))), logits(reference)
+    )
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32)])
@@ -144,7 +147,7 @@ def test_modes(wide, tmp_path, page_cache, mode, bits, group_size):
     assert "gate_proj.biases" not in names
     reference = quantised_by_mlx_lm(wide["bfloat16"], bits, group_size, mode)
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert mx.array_equal(logits(model), logits(reference))
         assert greedy(model, 32) == greedy(reference, 32)
         model.flash.close()
@@ -161,7 +164,7 @@ def test_recipe(tmp_path, page_cache):
     )
     reference, _ = utils.load_model(saved)
     for share in (0.0, 0.25, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert mx.array_equal(logits(model), logits(reference)), f"logits at share {share}"
         assert greedy(model, 32) == greedy(reference, 32)
         model.flash.close()
@@ -190,7 +193,7 @@ def test_fused_and_ungated(tmp_path, page_cache, family, dtype):
     biased = {n for n, _ in tree_flatten(reference.parameters()) if n.endswith(".bias")}
     assert biased == {name for name in resident if name.endswith(".bias")}
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert mx.array_equal(logits(model), logits(reference)), f"logits at share {share}"
         assert greedy(model, 24) == greedy(reference, 24)
         model.flash.close()
@@ -227,7 +230,7 @@ def test_every_family_without_zeros(tmp_path, page_cache, family):
     assert directory.unit == "layer"
     expected = logits(quantised_by_mlx_lm(source, 4, 32))
     for share in (0.0, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert mx.array_equal(logits(model), expected), f"logits at share {share}"
         model.flash.close()
 
@@ -240,7 +243,7 @@ def test_ffn_that_is_quantised_in_part(tmp_path, page_cache):
     assert (kinds["gate_proj.weight"], kinds["down_proj.weight"]) == ("U32", "BF16")
     reference = quantised_by_mlx_lm(source, 4, 64)
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert mx.array_equal(logits(model), logits(reference))
         model.flash.close()
 
@@ -275,7 +278,7 @@ def test_checkpoints_are_kept_as_they_are(
     }
     dense, _ = utils.load_model(source)
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert mx.array_equal(logits(model), logits(dense))
         model.flash.close()
 
@@ -288,9 +291,9 @@ def test_quantised_relu_checkpoints_are_read_whole(tmp_path, page_cache, family)
     directory = ModelDirectory(convert(saved, tmp_path / "out"))
     assert directory.unit == "layer"
     expected = logits(utils.load_model(saved, get_model_classes=get_classes)[0])
-    assert mx.array_equal(logits(load_model(directory, kept_share=0.0)), expected)
+    assert mx.array_equal(logits(load_model(directory, PagingOptions(kept_share=0.0))), expected)
     with pytest.raises(PredictorError, match="groups that span many neurons"):
-        load_model(directory, predictor="gate")
+        load_model(directory, PagingOptions(predictor="gate"))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
@@ -306,7 +309,7 @@ def test_dequantize(tmp_path, page_cache, family):
     assert "quantization" not in directory.config
     assert "quantization_config" not in directory.config
     reference = utils.dequantize_model(utils.load_model(saved, get_model_classes=get_classes)[0])
-    found = dict(tree_flatten(load_model(directory, use_flash=False).parameters()))
+    found = dict(tree_flatten(load_model(directory, PagingOptions(use_flash=False)).parameters()))
     expected = dict(tree_flatten(reference.parameters()))
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
@@ -367,17 +370,17 @@ def test_every_relu_family(tmp_path, page_cache, family, bits, group_size):
     names = [part.name for part in directory.rows.layout.parts]
     assert [n for n in names if "." not in n] == list(directory.ffn.parts)
     assert {f"{n}.{s}" for n in directory.ffn.parts for s in ("scales", "biases")} < set(names)
-    dense = load_model(directory, use_flash=False)
+    dense = load_model(directory, PagingOptions(use_flash=False))
     tokens = np.random.default_rng(0).integers(3, 300, 90).tolist()
     sizes = (70, *[1] * 20)
     expected = piecewise(dense, tokens, *sizes)
     assert relative(piecewise(floats_of(directory), tokens, *sizes), expected) < 1e-3
     for share in (0.0, 0.5, 1.0):
-        model = load_model(directory, kept_share=share)
+        model = load_model(directory, PagingOptions(kept_share=share))
         assert relative(piecewise(model, tokens, *sizes), expected) < 1e-5, f"kept {share}"
         model.flash.close()
     for share in (0.1, 0.8):
-        model = load_model(directory, cache_share=share)
+        model = load_model(directory, PagingOptions(cache_share=share))
         assert model.flash.selection.exact
         assert relative(piecewise(model, tokens, *sizes), expected) < 1e-4, f"slots {share}"
         model.flash.close()
@@ -404,7 +407,7 @@ def test_trained(tmp_path, name, dtype, mode):
     prompt = text if dtype == "float32" else text[:1]
     expected = continued(dense, prompt)
     assert len(expected) == 128
-    model = load_model(directory, cache_share=0.15)
+    model = load_model(directory, PagingOptions(cache_share=0.15))
     assert model.flash.selection.kind == ("up" if name.startswith("opt") else "gate")
     assert continued(model, prompt) == expected
     stats = model.flash.stats()
@@ -424,7 +427,7 @@ def test_trained(tmp_path, name, dtype, mode):
         else:
             assert mx.array_equal(found, right)
         for share in (0.0, 0.5, 1.0):
-            kept = load_model(directory, kept_share=share)
+            kept = load_model(directory, PagingOptions(kept_share=share))
             found = piecewise(kept, tokens, *sizes)
             assert mx.array_equal(found, right), f"logits with {share} of the layers kept"
             kept.flash.close()
@@ -730,7 +733,7 @@ def test_streamed_layers_take_two_buffers(tmp_path):
     one = directory.rows.layer_bytes(0)
     assert one > 3_000_000
     before = mx.get_active_memory()
-    model = load_model(directory, kept_share=0.0)
+    model = load_model(directory, PagingOptions(kept_share=0.0))
     for _ in range(3):
         mx.eval(model(mx.array([[5]])))
         resident = sum(file.stat().st_size for file in directory.shards)

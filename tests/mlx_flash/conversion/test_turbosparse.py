@@ -14,6 +14,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor import LowRank
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions
 
 WIDTH, RANK = 64, 12
 
@@ -85,7 +86,7 @@ def test_conversion_takes_them_along(tmp_path):
     directory = ModelDirectory(path)
     assert list(directory.verify()) == []
     predictor_file.verify(path / predictor_file.NAME)
-    model = load_model(directory, cache_share=0.3)
+    model = load_model(directory, PagingOptions(cache_share=0.3))
     assert model.flash.selection.kind == "low-rank"
     logits = model(mx.array([[5, 17, 42]]))
     assert mx.isfinite(logits).all().item() and model.flash.stats().predicted > 0

@@ -19,6 +19,7 @@ from mlx_flash.errors import ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import OWN, get_classes
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.options import PagingOptions
 
 GOLDEN = {file.stem: file for file in sorted((Path(__file__).parents[2] / "golden").iterdir())}
 TOLERANCE = 1e-4
@@ -98,8 +99,11 @@ def test_golden(tmp_path, name):
     golden = Golden(name)
     source = golden.write(tmp_path / "hf")
     directory = ModelDirectory(convert(source, tmp_path / "flash"))
-    models = {f"{share} kept": load_model(directory, kept_share=share) for share in (0.0, 0.5, 1.0)}
-    models["dense"] = load_model(directory, use_flash=False)
+    models = {
+        f"{share} kept": load_model(directory, PagingOptions(kept_share=share))
+        for share in (0.0, 0.5, 1.0)
+    }
+    models["dense"] = load_model(directory, PagingOptions(use_flash=False))
     models["checkpoint"] = utils.load_model(source, get_model_classes=get_classes)[0]
     for kind, model in models.items():
         for way, worst in differences(model, golden).items():
@@ -174,7 +178,7 @@ def test_tied_head_in_the_checkpoint(tmp_path, name):
 
     def logits(path):
         directory = ModelDirectory(convert(golden.write(path / "hf"), path / "flash"))
-        model = load_model(directory, kept_share=0.0)
+        model = load_model(directory, PagingOptions(kept_share=0.0))
         return whole(model, golden.tokens[0]), dict(tree_flatten(model.parameters()))
 
     for kind in ("equal", "alone", "other"):

@@ -52,6 +52,7 @@ from mlx_flash.performance.inspection import describe
 from mlx_flash.runtime.load import load, load_model
 from mlx_flash.runtime.memory_plan import sparse_plan_of
 from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 METAL = ("muse_spark",)  # families whose forward runs on Metal only
@@ -156,7 +157,7 @@ def test_same_as_dense(tmp_path, reads, monkeypatch, request, family, kind):
     assert len(set(tokens)) > 1
     shares = SHARES if kind in MAIN or whole else (0.25,)
     for share in shares:
-        model = load_model(directory, cache_share=share)
+        model = load_model(directory, PagingOptions(cache_share=share))
         slots = {layer: round(share * EXPERTS) for layer in range(len(directory.rows.layers))}
         assert model.flash.plan.slots == (slots if share < 1 else {})
         assert mx.array_equal(logits(model), expected), f"logits at share {share}"
@@ -190,7 +191,7 @@ def made(request, tmp_path_factory):
 def test_long_prompt_reads_every_expert_once(made, reads, share):
     """More experts than slots: they pass in rounds, each read once a layer, then some are kept."""
     directory, dense = made
-    model = load_model(directory, cache_share=share)
+    model = load_model(directory, PagingOptions(cache_share=share))
     layers = directory.rows.layers
     cache = make_prompt_cache(model)
     found = model(mx.array([LONG]), cache=cache)
@@ -215,7 +216,7 @@ def test_long_prompt_reads_every_expert_once(made, reads, share):
 def test_fewer_slots_than_experts_of_a_token(made, reads):
     """One slot, two experts a token."""
     directory, dense = made
-    model = load_model(directory, cache_share=0.01)
+    model = load_model(directory, PagingOptions(cache_share=0.01))
     assert set(model.flash.plan.slots.values()) == {1}
     assert greedy(model) == greedy(dense)
     stats = model.flash.stats()
@@ -229,7 +230,7 @@ def test_fewer_slots_than_experts_of_a_token(made, reads):
 def test_batch(made, reads, share):
     """Three sequences at once, a prompt and then steps."""
     directory, dense = made
-    model = load_model(directory, cache_share=share)
+    model = load_model(directory, PagingOptions(cache_share=share))
     prompts = mx.array([PROMPT, PROMPT[::-1], [t + 1 for t in PROMPT]])
     caches = make_prompt_cache(model), make_prompt_cache(dense)
     x = prompts
@@ -242,18 +243,22 @@ def test_batch(made, reads, share):
 
 def test_one_generation_after_the_other(made, reads):
     directory, dense = made
-    model = load_model(directory, cache_share=0.25)
+    model = load_model(directory, PagingOptions(cache_share=0.25))
     for prompt in (PROMPT, LONG, PROMPT[:1], PROMPT):
         assert greedy(model, 40, prompt=prompt) == greedy(dense, 40, prompt=prompt)
     assert_slots_hold_their_rows(model)
     model.flash.close()
 
 
-@pytest.mark.parametrize("policy", ["window", "lru", "lfu"])
-@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "lookahead"),
+    [("window", False), ("lru", False), ("lru", True), ("lfu", False), ("lfu", True)],
+)
 def test_hits_and_misses_are_what_was_asked_for(made, reads, policy, lookahead):
     directory, dense = made
-    model = load_model(directory, cache_share=0.5, policy=policy, lookahead=lookahead)
+    model = load_model(
+        directory, PagingOptions(cache_share=0.5, policy=policy, lookahead=lookahead)
+    )
     assert greedy(model, 40) == greedy(dense, 40)
     stats = model.flash.stats()
     assert stats.hits > 0
@@ -290,7 +295,7 @@ class Failing:
 def test_a_failing_read(made, reads, monkeypatch, prompt):
     """ReadError, wherever it strikes; what is called after it is right again."""
     directory, dense = made
-    model = load_model(directory, cache_share=0.25)
+    model = load_model(directory, PagingOptions(cache_share=0.25))
     expected = greedy(dense, 12, prompt=prompt)
     monkeypatch.setattr(os, "preadv", failing := Failing())
     for call in (1, 7, 16):
@@ -305,7 +310,7 @@ def test_a_failing_read(made, reads, monkeypatch, prompt):
 def test_a_failing_read_that_was_foretold(made, reads, monkeypatch):
     """It is told when its row is needed; of a row that is not, nobody needs to know."""
     directory, dense = made
-    model = load_model(directory, cache_share=0.5, lookahead=True)
+    model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
     expected = greedy(dense, 12)
     monkeypatch.setattr(os, "preadv", failing := Failing())
     told = 0
@@ -329,7 +334,7 @@ def test_a_failing_read_that_was_foretold(made, reads, monkeypatch):
 def test_lookahead(made, reads):
     """The same tokens; what was read on a guess and needed counts as useful, and as a hit."""
     directory, dense = made
-    model = load_model(directory, cache_share=0.5, lookahead=True)
+    model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
     assert greedy(model) == greedy(dense)
     stats = model.flash.stats()
     assert 0 < stats.useful <= stats.foretold
@@ -339,7 +344,7 @@ def test_lookahead(made, reads):
     assert assert_slots_hold_their_rows(model) == 4 * len(directory.rows.layers)
     assert model.flash.caches[0].foretold == 0, "nothing is ahead of the first layer"
 
-    without = load_model(directory, cache_share=0.5, lookahead=False)
+    without = load_model(directory, PagingOptions(cache_share=0.5, lookahead=False))
     greedy(without)
     counted = without.flash.stats()
     assert (counted.foretold, counted.useful) == (0, 0)
@@ -392,7 +397,7 @@ def test_foretold_reads_that_are_late(made, reads, monkeypatch, share, begun):
     anew, those under way are waited for before their slot is used for anything else.
     """
     directory, dense = made
-    model = load_model(directory, cache_share=share, lookahead=True)
+    model = load_model(directory, PagingOptions(cache_share=share, lookahead=True))
     reader = model.flash.reader
     reader._behind.shutdown()
     held = reader._behind = Held(begun)
@@ -527,7 +532,7 @@ def test_what_the_back_end_cannot_compute(tmp_path, dtype):
         pytest.skip("a back end that computes them")
     for use_flash in (True, False):
         with pytest.raises(ModelError, match="in float32 only; convert with --dtype float32"):
-            load_model(directory, use_flash=use_flash)
+            load_model(directory, PagingOptions(use_flash=use_flash))
 
 
 def test_what_the_back_end_cannot_compute_in_one_layer(tmp_path):
@@ -551,9 +556,9 @@ def test_no_such_cache_share(source, tmp_path):
     directory = ModelDirectory(convert(source, tmp_path / "out"))
     for share in (0, -0.1, 1.5):
         with pytest.raises(BudgetError, match="cache_share"):
-            load_model(directory, cache_share=share)
+            load_model(directory, PagingOptions(cache_share=share))
     with pytest.raises(BudgetError, match="kept_share is for models without experts"):
-        load_model(directory, kept_share=0.5)
+        load_model(directory, PagingOptions(kept_share=0.5))
 
 
 # Directories of mixtures
@@ -575,7 +580,7 @@ def test_experts_of_different_layouts(tmp_path, reads):
     assert len(directory.rows.layouts) == 2
     dense = dense_of(tmp_path / "mixed")
     for share in (0.01, 0.25, 0.5, 1.0):
-        paged = load_model(directory, cache_share=share)
+        paged = load_model(directory, PagingOptions(cache_share=share))
         assert mx.array_equal(logits(paged), logits(dense))
         assert greedy(paged, 64) == greedy(dense, 64)
         assert greedy(paged, 8, prompt=LONG) == greedy(dense, 8, prompt=LONG)
@@ -628,7 +633,7 @@ def test_inspect_says_what_generate_takes(tmp_path):
 def test_interrupted_anywhere(made, reads, monkeypatch, at):
     """Whatever step of fetching an interrupt strikes, what comes after it is right."""
     directory, dense = made
-    model = load_model(directory, cache_share=0.5, lookahead=True)
+    model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
     expected = greedy(dense, 12)
     assert greedy(model, 12) == expected
     steps = ("_make_room", "_change", "_ask_for_begun", "_arrive", "_read", "foretell")

@@ -17,6 +17,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.memory_requirements import memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 UNTIED = ("llama", "phi", "qwen2")
@@ -33,7 +34,7 @@ def test_same_as_in_memory(tmp_path, family, dtype):
     directory = directory_of(tmp_path, family, dtype)
     table = flash_embedding.find(directory)
     assert table is not None and table.shape[0] == VOCAB
-    dense = load_model(directory, use_flash=False)
+    dense = load_model(directory, PagingOptions(use_flash=False))
     weight = dense.model.embed_tokens.weight
     found = flash_embedding.FlashEmbedding(table)
     for tokens in (mx.arange(VOCAB), mx.array([[5, 5, 0], [VOCAB - 1, 7, 5]]), mx.array([-1])):
@@ -45,13 +46,13 @@ def test_same_as_in_memory(tmp_path, family, dtype):
 
 def test_a_paged_model_leaves_it_on_flash(tmp_path):
     directory = directory_of(tmp_path)
-    dense = load_model(directory, use_flash=False)
-    paged = load_model(directory, kept_share=0.5)
+    dense = load_model(directory, PagingOptions(use_flash=False))
+    paged = load_model(directory, PagingOptions(kept_share=0.5))
     assert type(paged.model.embed_tokens) is flash_embedding.FlashEmbedding
     assert not any("embed_tokens" in name for name in _names(paged))
     assert mx.array_equal(logits(paged), logits(dense))
     assert greedy(paged, 96) == greedy(dense, 96)
-    kept = load_model(directory, kept_share=1.0)
+    kept = load_model(directory, PagingOptions(kept_share=1.0))
     assert type(kept.model.embed_tokens) is not flash_embedding.FlashEmbedding
     paged.flash.close()
     with pytest.raises((ReadError, ValueError)):

@@ -96,7 +96,7 @@ def test_half_lives_that_make_no_sense(half_life):
 
 
 def test_names():
-    assert isinstance(make_policy("window", 5, 7), SlidingWindow)
-    assert make_policy("window", 5, 7).window == 7
+    assert isinstance(make_policy("window:7", 5), SlidingWindow)
+    assert make_policy("window:7", 5).window == 7
     with pytest.raises(CacheError, match="'fifo'; expected one of window, lru, lfu"):
         make_policy("fifo", 5)

@@ -22,6 +22,7 @@ from mlx_flash.paging.row_stream import RowStream
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 from mlx_flash.runtime.load import load, load_model
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
 
@@ -39,7 +40,7 @@ def opened(tmp_path) -> Iterator[tuple[RowReader, list[np.ndarray]]]:
 
 def caches(reader: RowReader) -> list[RowCache]:
     policy = make_policy
-    return [RowCache(reader, i, SLOTS, policy=policy("lfu", ROWS, 4)) for i in range(2)]
+    return [RowCache(reader, i, SLOTS, policy=policy("lfu", ROWS)) for i in range(2)]
 
 
 def assert_rows(order: np.ndarray, arrays: dict[str, mx.array], block: np.ndarray) -> None:
@@ -154,7 +155,7 @@ def test_tokens_are_the_same(tmp_path, monkeypatch, name, dtype):
     expected = greedy(dense, prompt, 96)
     found = {}
     for lookahead in (False, None):  # by default it is on
-        model = load_model(directory, cache_share=0.15, lookahead=lookahead)
+        model = load_model(directory, PagingOptions(cache_share=0.15, lookahead=lookahead))
         assert model.flash.lookahead == (lookahead is None)
         tokens = greedy(model, prompt, 96)
         same = sum(a == b for a, b in zip(tokens, expected, strict=True))
@@ -215,7 +216,7 @@ def test_nothing_is_allocated_once_it_runs(tmp_path, monkeypatch):
 def test_asked_for_where_it_has_no_use(tmp_path, capsys):
     path = convert(FIXTURES / TRAINED[1], tmp_path / "m", dtype="float32")
     with pytest.raises(PredictorError, match="predictor gate"):
-        load_model(ModelDirectory(path), lookahead=True)
+        load_model(ModelDirectory(path), PagingOptions(lookahead=True))
     assert cli.main(["generate", "--model", str(path), "--prompt", "x", "--lookahead"]) == 2
     assert "leave it out" in capsys.readouterr().err
 
@@ -237,6 +238,6 @@ def test_a_token_that_names_no_row_of_a_quantised_model(tmp_path, policy):
         layers.append(LayerPredictor("low-rank", 0.5, "none", tensors, {"4": layer.rows / 5}))
     predictors = Predictors("low-rank", directory.rows.fingerprint, layers, {})
     predictor_file.write(path / predictor_file.NAME, predictors)
-    model = load_model(directory, cache_share=0.15, policy=policy)
+    model = load_model(directory, PagingOptions(cache_share=0.15, policy=policy))
     assert len(greedy(model, [5, 6, 7], 4)) == 4
     assert model.flash.stats().bytes_read == 0

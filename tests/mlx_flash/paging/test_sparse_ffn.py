@@ -20,6 +20,7 @@ from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor import Prediction
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 from mlx_flash.runtime.load import load, load_model
+from mlx_flash.runtime.options import PagingOptions
 
 SHARE = 0.15
 
@@ -58,7 +59,7 @@ def test_exact_predictors_give_the_dense_tokens(trained, name, dtype, policy):
     dense, tokenizer = load(path, use_flash=False)
     prompt = tokenizer.encode(TEXT)
     expected = greedy(dense, prompt)
-    model = load_model(ModelDirectory(path), cache_share=SHARE, policy=policy)
+    model = load_model(ModelDirectory(path), PagingOptions(cache_share=SHARE, policy=policy))
     flash = model.flash
     assert flash.selection.exact
     assert flash.selection.kind == ("up" if name.startswith("opt") else "gate")
@@ -82,12 +83,12 @@ def test_every_relu_family(tmp_path, family):
     source = make_checkpoint(tmp_path / "hf", family, "float32", **RELU[family])
     path = convert(source, tmp_path / "flash")
     directory = ModelDirectory(path)
-    dense = load_model(directory, use_flash=False)
+    dense = load_model(directory, PagingOptions(use_flash=False))
     tokens = np.random.default_rng(0).integers(3, 300, 90).tolist()
     expected = logits(dense, tokens, 70, *[1] * 20)
     scale = mx.abs(expected).max().item()
     for share in (0.1, 0.8):
-        model = load_model(directory, cache_share=share)
+        model = load_model(directory, PagingOptions(cache_share=share))
         assert model.flash.selection.exact
         found = logits(model, tokens, 70, *[1] * 20)
         assert difference(found, expected) < 2e-5 * scale, f"share {share}"
@@ -99,8 +100,8 @@ def test_every_relu_family(tmp_path, family):
 def test_several_tokens_at_once(trained, name, share):
     """Prompts, drafts and batches: the union of rows, or all of them streamed."""
     directory = ModelDirectory(trained(name, "float32"))
-    dense = load_model(directory, use_flash=False)
-    model = load_model(directory, cache_share=share)
+    dense = load_model(directory, PagingOptions(use_flash=False))
+    model = load_model(directory, PagingOptions(cache_share=share))
     tokens = np.random.default_rng(1).integers(3, 1000, 100).tolist()
     for sizes in ([100], [63, 1, 5, 5, 2, 24], [5] * 20):
         worst = difference(logits(model, tokens, *sizes), logits(dense, tokens, *sizes))
@@ -119,9 +120,9 @@ def test_several_tokens_at_once(trained, name, share):
 def test_a_long_prompt_is_streamed_in_pieces(trained, monkeypatch):
     directory = ModelDirectory(trained("llama-relu-austen", "float32"))
     tokens = np.random.default_rng(2).integers(3, 1000, 100).tolist()
-    expected = logits(load_model(directory, use_flash=False), tokens, 100)
+    expected = logits(load_model(directory, PagingOptions(use_flash=False)), tokens, 100)
     monkeypatch.setattr(row_stream, "CHUNK_BYTES", 50 * directory.rows.layout.stride)
-    model = load_model(directory, cache_share=SHARE)
+    model = load_model(directory, PagingOptions(cache_share=SHARE))
     before = model.flash.stats()
     assert difference(logits(model, tokens, 100), expected) < 1e-4
     spent = model.flash.stats() - before
@@ -141,15 +142,15 @@ def test_a_prompt_in_one_piece_is_the_dense_one_to_the_bit(
     monkeypatch.setattr(row_stream, "LEAST_BYTES", 16 << 20)
     directory = ModelDirectory(trained(name, dtype))
     tokens = np.random.default_rng(2).integers(3, 1000, length).tolist()
-    model = load_model(directory, cache_share=SHARE)
+    model = load_model(directory, PagingOptions(cache_share=SHARE))
     assert model.layers[0].mlp._stream.capacity(0) == directory.rows.layers[0].rows
-    expected = logits(load_model(directory, use_flash=False), tokens, length)
+    expected = logits(load_model(directory, PagingOptions(use_flash=False)), tokens, length)
     assert difference(logits(model, tokens, length), expected) == 0
 
 
 def test_no_row_fires(trained, monkeypatch):
     directory = ModelDirectory(trained("opt-austen", "float32"))
-    model = load_model(directory, cache_share=SHARE)
+    model = load_model(directory, PagingOptions(cache_share=SHARE))
     paged = model.layers[1].mlp
     nothing = Prediction(np.zeros(0, np.int64))
     monkeypatch.setattr(type(paged._predictor), "__call__", lambda self, x: nothing)
@@ -169,7 +170,7 @@ def test_low_rank_predictors_that_are_right(trained, tmp_path, name):
     dense, tokenizer = load(directory.path, use_flash=False)
     prompt = tokenizer.encode(TEXT)
     for chosen in ("low-rank", "auto"):
-        model = load_model(directory, cache_share=SHARE, predictor=chosen)
+        model = load_model(directory, PagingOptions(cache_share=SHARE, predictor=chosen))
         assert model.flash.selection.kind == "low-rank" and not model.flash.selection.exact
         assert greedy(model, prompt) == greedy(dense, prompt)
 
@@ -182,7 +183,7 @@ def test_what_is_not_predicted_is_left_out(trained, tmp_path):
     for layer in predictors.layers:
         layer.tensors["bias"] = mx.full(layer.tensors["bias"].shape, -1e9)
     predictor_file.write(directory.path / predictor_file.NAME, predictors)
-    model = load_model(directory, cache_share=SHARE)
+    model = load_model(directory, PagingOptions(cache_share=SHARE))
     x = mx.random.normal((1, 1, width))
     paged = model.layers[0].mlp
     assert difference(paged(x)[0, 0], paged.mlp.fc2.bias) == 0
@@ -198,13 +199,17 @@ def test_threshold_is_the_same_whatever_is_cached(swiglu):
     directory = ModelDirectory(swiglu)
     path = directory.path / predictor_file.NAME
     tokens = list(range(20, 60))
-    dense = logits(load_model(directory, use_flash=False), tokens, *[1] * 40)
+    dense = logits(load_model(directory, PagingOptions(use_flash=False)), tokens, *[1] * 40)
     losses = []
     try:
         for value in (1e-6, 0.1, 0.3):
             predictor_file.write(path, thresholds(directory, value))
             found = [
-                logits(load_model(directory, cache_share=share, policy=policy), tokens, *[1] * 40)
+                logits(
+                    load_model(directory, PagingOptions(cache_share=share, policy=policy)),
+                    tokens,
+                    *[1] * 40,
+                )
                 for share, policy in ((0.05, "window"), (0.3, "lfu"), (0.9, "lru"))
             ]
             assert max(difference(f, found[0]) for f in found) < 1e-4
@@ -224,8 +229,8 @@ def test_threshold_in_odd_families(tmp_path, family):
     directory = ModelDirectory(path)
     predictor_file.write(path / predictor_file.NAME, thresholds(directory, 1e-9))
     tokens = list(range(20, 40))
-    expected = logits(load_model(directory, use_flash=False), tokens, 10, *[1] * 10)
-    model = load_model(directory, cache_share=0.4)
+    expected = logits(load_model(directory, PagingOptions(use_flash=False)), tokens, 10, *[1] * 10)
+    model = load_model(directory, PagingOptions(cache_share=0.4))
     assert model.flash.selection.kind == "threshold"
     found = logits(model, tokens, 10, *[1] * 10)
     assert difference(found, expected) < 2e-5 * mx.abs(expected).max().item()
@@ -244,14 +249,18 @@ def test_threshold_in_odd_families(tmp_path, family):
 )
 def test_predictors_that_cannot_be(swiglu, predictor, message):
     with pytest.raises(PredictorError, match=message):
-        load_model(ModelDirectory(swiglu), predictor=predictor)
+        load_model(ModelDirectory(swiglu), PagingOptions(predictor=predictor))
 
 
 def test_the_wrong_exact_predictor(trained):
     with pytest.raises(PredictorError, match="has no gate, its exact predictor is 'up'"):
-        load_model(ModelDirectory(trained("opt-austen", "float32")), predictor="gate")
+        load_model(
+            ModelDirectory(trained("opt-austen", "float32")), PagingOptions(predictor="gate")
+        )
     with pytest.raises(PredictorError, match="has a gate, its exact predictor is 'gate'"):
-        load_model(ModelDirectory(trained("llama-relu-austen", "float32")), predictor="up")
+        load_model(
+            ModelDirectory(trained("llama-relu-austen", "float32")), PagingOptions(predictor="up")
+        )
 
 
 def test_predictors_of_another_model(trained, tmp_path):
@@ -261,11 +270,14 @@ def test_predictors_of_another_model(trained, tmp_path):
     predictor_file.write(directory.path / predictor_file.NAME, foreign)
     for chosen in ("auto", "low-rank"):
         with pytest.raises(PredictorError, match="fitted to another model"):
-            load_model(directory, predictor=chosen)
+            load_model(directory, PagingOptions(predictor=chosen))
     with pytest.raises(PredictorError, match="fitted to another model"):
-        load_model(directory, predictor="threshold")
-    assert load_model(directory, predictor="up", cache_share=0.2).flash.selection.kind == "up"
-    assert load_model(directory, predictor="none").flash.selection is None
+        load_model(directory, PagingOptions(predictor="threshold"))
+    assert (
+        load_model(directory, PagingOptions(predictor="up", cache_share=0.2)).flash.selection.kind
+        == "up"
+    )
+    assert load_model(directory, PagingOptions(predictor="none")).flash.selection is None
 
 
 @pytest.mark.parametrize(
@@ -279,7 +291,7 @@ def test_predictors_of_another_model(trained, tmp_path):
 )
 def test_bad_settings(trained, given, error, message):
     with pytest.raises(error, match=message):
-        load_model(ModelDirectory(trained("opt-austen", "float32")), **given)
+        load(trained("opt-austen", "float32"), **given)
 
 
 def test_everything_fits(trained):
@@ -287,5 +299,7 @@ def test_everything_fits(trained):
     model = load_model(ModelDirectory(trained("opt-austen", "float32")))
     assert model.flash.selection is None and not model.flash.plan.slots
     assert len(model.flash.plan.kept) == len(model.layers)
-    model = load_model(ModelDirectory(trained("opt-austen", "float32")), cache_share=1.0)
+    model = load_model(
+        ModelDirectory(trained("opt-austen", "float32")), PagingOptions(cache_share=1.0)
+    )
     assert len(model.flash.plan.kept) == len(model.layers)

@@ -16,6 +16,7 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import UsageError
 from mlx_flash.performance import bench, disk_speed, trial_run
 from mlx_flash.performance.budget_forecast import BudgetForecast
+from mlx_flash.runtime.options import PagingOptions
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -52,8 +53,7 @@ def run(source, capsys):
 
 def settings(source, **other):
     given = {"model": str(source), "prompt_tokens": 8, "gen_tokens": 6, "repeats": 1}
-    given |= {"context": 16, "predictor": "auto", "policy": "lfu", "window": 4}
-    return bench.Settings(**given | other)
+    return bench.Settings(**given, options=PagingOptions(**{"context": 16} | other))
 
 
 MEASURED = {

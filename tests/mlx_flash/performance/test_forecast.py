@@ -21,6 +21,7 @@ from mlx_flash.performance.row_trace import RowUse
 from mlx_flash.performance.teacher_forcing import book, walk
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.memory_plan import Plan
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -64,7 +65,7 @@ def run(source, capsys):
 @pytest.fixture
 def tight(source):
     """A budget under which rows are read as they fire."""
-    return BudgetForecast(ModelDirectory(source), 130).needs.dense - 500_000
+    return BudgetForecast(ModelDirectory(source), PagingOptions(context=130)).needs.dense - 500_000
 
 
 def streamed(**other):
@@ -74,11 +75,11 @@ def streamed(**other):
 def test_streaming_is_the_longer_of_reading_and_computing_where_the_trial_hid_the_other():
     trial = TrialRun({"streamed": streamed(wait=0.0, read=0.1, rate=1.0)})
     layers = Layers((8,) * 4, (10**8,) * 4)
-    found = forecast(Plan(None, (), (0, 1, 2, 3), 1, {}), layers, DISK, trial, "lfu", 4)
+    found = forecast(Plan(None, (), (0, 1, 2, 3), 1, {}), layers, DISK, trial, "lfu")
     assert found.read == pytest.approx(0.4) and found.compute == pytest.approx(0.1)
     assert found.seconds == pytest.approx(0.4) and found.nbytes == 4e8
     assert found.requests == pytest.approx(200) and found.hit_rate == 0
-    kept = forecast(Plan(None, (0, 2, 3), (1,), 1, {}), layers, DISK, trial, "lfu", 4)
+    kept = forecast(Plan(None, (0, 2, 3), (1,), 1, {}), layers, DISK, trial, "lfu")
     assert kept.seconds == pytest.approx(0.1) and kept.hit_rate == pytest.approx(0.75)
 
 
@@ -86,19 +87,20 @@ def test_what_the_trial_did_not_hide_is_added():
     trial = TrialRun({"streamed": streamed(wait=0.08, read=0.1, rate=0.5)})
     layers = Layers((8, 8), (10**8,) * 2)
     plan = Plan(None, (), (0, 1), 1, {})
-    found = forecast(plan, layers, DISK, trial, "lfu", 4)
+    found = forecast(plan, layers, DISK, trial, "lfu")
     assert found.read == pytest.approx(0.1)  # half of what the disk alone would take
     assert found.seconds == pytest.approx(0.1 + 0.1 - 0.2 * 0.1)
-    assert forecast(plan, layers, DISK, trial, "lfu", 4, overlap=1.0).seconds == pytest.approx(0.1)
+    trial = TrialRun({"streamed": streamed(wait=0.0, read=0.1, rate=0.5)})
+    assert forecast(plan, layers, DISK, trial, "lfu").seconds == pytest.approx(0.1)
 
 
 def test_resident_layers_take_what_resident_layers_took():
     ways = {"streamed": streamed(compute=0.2), "resident": streamed(compute=0.1, nbytes=0)}
     layers = Layers((8,) * 4, (1,) * 4)
-    half = forecast(Plan(None, (0, 1), (2, 3), 1, {}), layers, DISK, TrialRun(ways), "lfu", 4)
+    half = forecast(Plan(None, (0, 1), (2, 3), 1, {}), layers, DISK, TrialRun(ways), "lfu")
     assert half.compute == pytest.approx(0.15)
     all_kept = Plan(None, (0, 1, 2, 3), (), 1, {})
-    assert forecast(all_kept, layers, DISK, TrialRun(ways), "lfu", 4).seconds == 0.1
+    assert forecast(all_kept, layers, DISK, TrialRun(ways), "lfu").seconds == 0.1
 
 
 def test_paging_counts_what_the_slots_lack():
@@ -109,7 +111,7 @@ def test_paging_counts_what_the_slots_lack():
     layers = Layers((20,), (80,))
 
     def at(slots):
-        return forecast(Plan(None, (), (), 1, {}, {0: slots}), layers, DISK, trial, "lru", 4)
+        return forecast(Plan(None, (), (), 1, {}, {0: slots}), layers, DISK, trial, "lru")
 
     small, large = at(10), at(19)
     assert small.missing == 10 and small.read == pytest.approx(0.002) and small.hit_rate == 0
@@ -118,9 +120,7 @@ def test_paging_counts_what_the_slots_lack():
     assert large.missing < 10
     assert large.compute == pytest.approx(0.05 - 0.001 * (10 - large.requests))
     curves = [[10.0] * 10 + [4.0] * 11]
-    known = forecast(
-        Plan(None, (), (), 1, {}, {0: 10}), layers, DISK, trial, "lru", 4, curves=curves
-    )
+    known = forecast(Plan(None, (), (), 1, {}, {0: 10}), layers, DISK, trial, "lru", curves=curves)
     assert known.missing == 4
 
 
@@ -129,8 +129,8 @@ def test_a_longer_warm_up_finds_more_in_slots():
     trial = TrialRun({"paged": Timing(1, 8, compute=0.05)}, RowUse((32,), (active,)))
     plan = Plan(None, (), (), 1, {}, {0: 32})
     layers = Layers((32,), (32,))
-    cold = forecast(plan, layers, DISK, trial, "lfu", 4, warm=0, count=32)
-    warm = forecast(plan, layers, DISK, trial, "lfu", 4, warm=32, count=32)
+    cold = forecast(plan, layers, DISK, trial, "lfu", warm=0, count=32)
+    warm = forecast(plan, layers, DISK, trial, "lfu", warm=32, count=32)
     assert cold.missing == 1 and warm.missing == 0
 
 
@@ -144,7 +144,7 @@ def test_what_is_planned_is_what_is_loaded(source, run, tight):
     code, out, err = run("--ram", tight, "--context", 130, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
-    model = load_model(ModelDirectory(source), tight, context=130)
+    model = load_model(ModelDirectory(source), PagingOptions(ram=tight, context=130))
     try:
         assert found["planned_bytes"] == model.flash.plan.table
         assert found["slots"] == {str(i): n for i, n in model.flash.plan.slots.items()}
@@ -198,13 +198,14 @@ def test_where_the_cache_is(name, monkeypatch, tmp_path):
 
 def test_misses_are_those_of_the_running_model(source):
     """The simulation, fed with what a model was asked for, against the model's own counter."""
-    outlook = BudgetForecast(ModelDirectory(source), 130)
+    outlook = BudgetForecast(ModelDirectory(source), PagingOptions(context=130))
     outlook.measure(400_000_000)
     use = outlook.rehearsal.use
     tokens = book(outlook.tokenizer, trial_run.SEQUENCE, trial_run.START)
     for policy in POLICIES:
         model = load_model(
-            outlook.directory, context=300, predictor="gate", policy=policy, cache_share=0.1
+            outlook.directory,
+            PagingOptions(context=300, predictor="gate", policy=policy, cache_share=0.1),
         )
         try:
             read = walk(model, tokens[:64], tokens[64:80]).spent().misses
@@ -214,7 +215,7 @@ def test_misses_are_those_of_the_running_model(source):
         for layer, slots in model.flash.plan.slots.items():
             # The loop reads the prompt but for its last token at once.
             steps = use.prompt(layer, range(63), 2048, False) + use.steps(layer, range(63, 81))
-            rule = make_policy(policy, use.rows[layer], 4)
+            rule = make_policy(policy, use.rows[layer])
             expected += row_trace.misses(steps, use.rows[layer], slots, rule)[-16:].sum()
         assert read == pytest.approx(expected, rel=0.05) and read > 0
 

@@ -21,6 +21,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.families import FAMILIES
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_requirements import kv_bytes, memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 WIDE = {"hidden_size": 256, "intermediate_size": 2048, "head_dim": 64}
@@ -58,14 +59,14 @@ def test_budgets_change_what_is_kept_not_the_tokens(directory):
 
 
 def test_refuses_to_outgrow_the_context(directory):
-    model = load_model(directory, ram=platform.machine() // 2, context=300)
+    model = load_model(directory, PagingOptions(ram=platform.machine() // 2, context=300))
     cache = make_prompt_cache(model)
     model(mx.zeros((1, 200), mx.int32), cache)
     with pytest.raises(BudgetError, match=r"301 tokens are more than the context of 300"):
         model(mx.zeros((1, 101), mx.int32), cache)
     with pytest.raises(BudgetError, match=r"304 tokens"):
         batch_generate(model, load_tokenizer(directory), [[5] * 39] * 8, max_tokens=10)
-    free = load_model(directory, kept_share=0.5)
+    free = load_model(directory, PagingOptions(kept_share=0.5))
     free(mx.zeros((1, 600), mx.int32), cache=make_prompt_cache(free))
 
 
@@ -73,7 +74,7 @@ def test_refuses_to_outgrow_the_context(directory):
 def test_kv_bytes_cover_the_real_cache(tmp_path, family):
     source = make_checkpoint(tmp_path / "hf", family, "float32")
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
-    model = load_model(directory, kept_share=1.0)
+    model = load_model(directory, PagingOptions(kept_share=1.0))
     cache = make_prompt_cache(model)
     for _ in range(4):
         model(mx.ones((1, 75), mx.int32), cache=cache)
@@ -84,7 +85,7 @@ def test_kv_bytes_cover_the_real_cache(tmp_path, family):
 
 def test_workspace_covers_what_mlx_takes(directory):
     """Peak memory of a prompt chunk, as MLX counts it, against the plan's figure."""
-    model = load_model(directory, kept_share=1.0, context=512)
+    model = load_model(directory, PagingOptions(kept_share=1.0, context=512))
     need = needs(directory, 512)
     limit = mx.set_cache_limit(0)
     try:
@@ -156,7 +157,7 @@ def test_footprint_on_both_platforms():
 
 def test_threads_take_turns(directory):
     """Two threads at once on one paged model give what each gives alone."""
-    model = load_model(directory, kept_share=0.3)
+    model = load_model(directory, PagingOptions(kept_share=0.3))
 
     def run(prompt):
         stream = mx.new_stream(mx.default_device())
