@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +29,7 @@ import numpy as np
 from mlx_flash.calibration.neurons.layer_fit import Fitted, LowRankLayers, ThresholdLayers
 from mlx_flash.calibration.neurons.perplexity_search import Checked, Progress, Quality
 from mlx_flash.common import platform
+from mlx_flash.common.files import digest_of
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import BudgetError, CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -119,7 +118,8 @@ def calibrate(
     del tokenizer
     work = recordings.path_for(directory)
     counts = {name: part.size for name, part in text.parts().items()}
-    key = _digest(FORMAT_VERSION, directory.config["flash"]["config_sha256"], text.sha256, settings)
+    config = directory.config["flash"]["config_sha256"]
+    key = digest_of([FORMAT_VERSION, config, text.sha256, dataclasses.asdict(settings)])
     recordings.check_disk(work, recordings.disk_bytes(directory, settings.kind, counts))
     with recordings.working_directory(work, key):
         job = _Job(directory, settings, text, work, budget, progress or (lambda *_: None))
@@ -127,11 +127,6 @@ def calibrate(
             found = job.run(reader)
         recordings.remove(work)
     return found
-
-
-def _digest(*what: Any) -> str:
-    text = json.dumps(what, default=dataclasses.asdict)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @contextmanager

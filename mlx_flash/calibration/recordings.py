@@ -25,11 +25,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.common.files import write_text
+from mlx_flash.common.files import FULL, atomic_write, is_temporary, replacing
 from mlx_flash.common.sizes import show
 from mlx_flash.errors import CalibrationError, FlashError
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.model_directory.writing import FULL
 from mlx_flash.models.dtypes import UNITS
 from mlx_flash.predictors.predictor import Function
 
@@ -79,7 +78,7 @@ def working_directory(path: Path, key: str) -> Iterator[Path]:
     try:
         if not (path / MARKER).is_file() or (path / MARKER).read_text(errors="replace") != key:
             _empty(path)
-            write_text(path / MARKER, key)
+            atomic_write(path / MARKER, key)
         yield path
     except OSError as error:
         if isinstance(error, FlashError) or error.errno is None:
@@ -103,7 +102,7 @@ def remove(path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_dir() and ((path / MARKER).is_file() or not any(path.iterdir()))
+    return path.is_dir() and ((path / MARKER).is_file() or all(map(is_temporary, path.iterdir())))
 
 
 def _empty(path: Path) -> None:
@@ -207,9 +206,7 @@ class Recorder:
             state["squares"] = f"squares-{self.done % 2}.npz"
             with open(self.path / state["squares"], "wb") as f:
                 np.savez(f, *self.squares)
-        temporary = self.path / (STATE + ".writing")
-        write_text(temporary, json.dumps(state))
-        temporary.replace(self.path / STATE)
+        atomic_write(self.path / STATE, json.dumps(state))
 
     def _restore(self) -> None:
         """Go on where the state file says; from the beginning where files do not bear it out."""
@@ -294,12 +291,8 @@ class Part:
 
 def save_layer(path: Path, name: str, figures: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Keep a fitted layer: figures as JSON, arrays as float32; whole or not there."""
-    temporary = path / f"fitted-{name}.writing"
-    with open(temporary, "wb") as f:
-        np.savez(f, figures=np.array(json.dumps(figures)), **arrays)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path / f"fitted-{name}.npz")
+    with replacing(path / f"fitted-{name}.npz") as temporary:
+        np.savez(temporary, figures=np.array(json.dumps(figures)), **arrays)
 
 
 def load_layer(path: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_flash import __version__
 from mlx_flash.calibration.neurons.activity import WINDOWS
 from mlx_flash.calibration.neurons.layer_fit import WINDOW
-from mlx_flash.common.files import write_text
+from mlx_flash.common.files import atomic_write, replacing
 from mlx_flash.common.sizes import show
 from mlx_flash.model_directory.directory import ModelDirectory
 
@@ -106,12 +106,7 @@ def write(
     report["plot"] = PLOT if plot(path / PLOT, report, draw_in or draw) else NO_PLOT
     shown = (table_of or table)(report)
     for name, text in ((JSON, json.dumps(report, indent=2) + "\n"), (TABLE, shown)):
-        temporary = path / ("writing-" + name)
-        try:
-            write_text(temporary, text)
-            temporary.replace(path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        atomic_write(path / name, text)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -197,12 +192,8 @@ def plot(
         return False
     figure = Figure(layout="constrained")
     draw_in(figure, report)
-    temporary = file.with_name("writing-" + file.name)
-    try:
+    with replacing(file) as temporary:
         figure.savefig(temporary, dpi=100)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 

@@ -1,17 +1,24 @@
-"""Writing files whole or not at all, and hashing them."""
+"""Files: written whole or not at all, hashed, seen to the disk."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
-import tempfile
-from collections.abc import Callable
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a write to a full disk ends with
+_TEMPORARY = re.compile(r"mlx_flash-writing-[0-9a-f]{12}(\..*)?")
+
 
 def sync(path: Path) -> None:
-    """See a file or the names in a directory to the disk."""
+    """Flush a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -19,31 +26,67 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file and see it to the disk."""
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; the file written to it becomes ``path`` at the end.
+
+    The file is flushed to the disk, renamed, and its folder flushed, so that after a power loss
+    ``path`` is the old file or the new one. If the block raises, ``path`` stays as it was and the
+    temporary file is removed. Several processes may replace one file at the same time.
+
+    Yields:
+        A name that nothing has yet, with the suffix of ``path`` (some libraries append one to any
+        other name).
+    """
+    temporary = path.with_name(f"mlx_flash-writing-{secrets.token_hex(6)}{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file's name is one that ``replacing`` gives: left there by a kill."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file, or replace it, whole or not at all; see ``replacing``. Text becomes UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file for a user, whole or not at all; into a pipe or a device as it is."""
-    if file.exists() and not file.is_file():  # not to be replaced
+    """Write a file that a user named: ``atomic_write``, but follow links, and write into pipes
+    and devices as they are.
+    """
+    if file.exists() and not file.is_file():
         file.write_text(text, encoding="utf-8")
         return
-    file = file.resolve()
-    temporary = file.with_name(file.name + ".writing")
+    atomic_write(file.resolve(), text)
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a folder's names; folders that may not be opened, or flushed, stay as they are."""
     try:
-        write_text(temporary, text)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        sync(path)
+    except OSError as error:
+        if error.errno in (errno.EIO, *FULL):
+            raise
 
 
 def hash_file_range(
     path: Path, offset: int, nbytes: int, progress: Callable[[int], Any] | None = None
 ) -> str:
+    """sha256 of ``nbytes`` of a file from byte ``offset``, or of those before its end, as hex.
+
+    Args:
+        progress: called with the bytes of each block that was read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as f:
         f.seek(offset)
@@ -56,18 +99,18 @@ def hash_file_range(
 
 
 def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
-    """sha256 of a whole file, read in blocks."""
+    """sha256 of a whole file as hex, read in blocks."""
     return hash_file_range(path, 0, path.stat().st_size, progress)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by another one, whole, whoever else writes it at the same time."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".writing")
-    try:
-        with open(handle, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def sha256_of_json(value: Any) -> str:
+    """sha256 of a JSON-ready value as hex, whatever the order of its objects' keys.
+
+    Raises TypeError for what JSON has no form for.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """32 hex digits that tell JSON-ready values apart: for keys and markers."""
+    return sha256_of_json(value)[:32]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import atomic_write
 
 
 def cache_directory(platform_name: str = sys.platform) -> Path:
@@ -32,11 +31,6 @@ def machine_name() -> str:
     return f"{model}, {os.cpu_count()} cores, {platform.system()} {platform.release()}"
 
 
-def key_of(facts: Any) -> str:
-    """A short name for JSON-ready facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def recall(name: str, key: str) -> Any:
     """What ``remember`` kept, or None; a file that cannot be read counts as none."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
@@ -54,7 +48,7 @@ def remember(name: str, key: str, value: Any) -> bool:
         except (OSError, ValueError):
             known = {}
         known = known if isinstance(known, dict) else {}
-        write_atomically(path, json.dumps(known | {key: value}).encode())
+        atomic_write(path, json.dumps(known | {key: value}))
     except OSError:
         return False
     return True

@@ -9,10 +9,8 @@ Knows: order of work. Does not know: what a row is made of (``units``), file for
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_flash.common import files as files_module
-from mlx_flash.common.files import sha256_of
+from mlx_flash.common.files import atomic_write, digest_of, replacing, sha256_of, sync
 from mlx_flash.errors import ModelError
 from mlx_flash.model_directory import writing
 from mlx_flash.model_directory.config import (
@@ -125,8 +122,8 @@ class _Job:
         self.shards = _shards(checkpoint, resident)
         layouts = [layout.to_json() for layout in self.rows.layouts]
         what = [checkpoint.config, self.rows.unit, layouts, self.rows.rows, self.shards]
-        self.row_source = _digest([FORMAT_VERSION, *what])
-        self.key = _digest([self.row_source, checkpoint.fingerprint, asdict(packing)])
+        self.row_source = digest_of([FORMAT_VERSION, *what])
+        self.key = digest_of([self.row_source, checkpoint.fingerprint, asdict(packing)])
         nbytes = _sum_bytes(checkpoint, resident)
         self.total_bytes = nbytes + sum(
             layout.stride * count
@@ -154,7 +151,7 @@ class _Job:
         files = {}
         for file in sorted(partial.iterdir()):
             if file.name not in (ROW_FILE, writing.MARKER):
-                files_module.sync(file)
+                sync(file)
                 files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         self._write_predictors(partial / predictor_file.NAME, fingerprint)
         self._write_config(partial / "config.json", fingerprint, files)
@@ -165,7 +162,7 @@ class _Job:
             layers = fold(tensors, len(self.rows.rows), DTYPES[self.rows.dtype])
             measured = {"source": "shipped with the checkpoint"}
             predictor_file.write(path, Predictors("low-rank", fingerprint, layers, measured))
-            files_module.sync(path)
+            sync(path)
 
     def _write_config(self, path: Path, fingerprint: str, files: dict[str, Any]) -> None:
         flash = {
@@ -197,7 +194,7 @@ class _Job:
                     writer.write(layer, _reported(plan.blocks(layer, take), layer, report))
         finally:
             writer.close()
-        return hashlib.sha256("".join(writer.hashes).encode()).hexdigest()
+        return writer.fingerprint
 
     def _write_index(self, partial: Path) -> None:
         if len(self.shards) == 1:
@@ -205,12 +202,7 @@ class _Job:
         where = {name: shard for shard, names in self.shards.items() for name in names}
         total = sum(_sum_bytes(self.checkpoint, names) for names in self.shards.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        files_module.write_text(partial / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def _digest(what: Any) -> str:
-    text = json.dumps(what, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+        atomic_write(partial / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _reported(
@@ -269,13 +261,9 @@ def _write_shard(
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "wb") as f:
+    with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             data = raw(checkpoint.take(name))
             f.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             report(data.nbytes, name)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from mlx_lm import utils
 
-from mlx_flash.common import files as files_module
+from mlx_flash.common.files import atomic_write, sha256_of_json
 from mlx_flash.errors import FlashError, ModelError
 from mlx_flash.models import families, mixtures
 from mlx_flash.models.families import Ffn
@@ -17,9 +16,9 @@ from mlx_flash.models.mixtures import Mixture
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write config.json as transformers would."""
+    """Write config.json as transformers would, whole or not at all."""
     text = json.dumps(utils._encode_tagged_floats(config), indent=2)
-    files_module.write_text(path, text + "\n")
+    atomic_write(path, text + "\n")
 
 
 FORMAT_VERSION = 2
@@ -71,5 +70,4 @@ def locate_ffn(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture 
 def config_sha256(config: dict[str, Any]) -> str:
     """Hash of a config but for the place where the hash itself is kept."""
     flash = {key: value for key, value in config["flash"].items() if key != "config_sha256"}
-    text = json.dumps({**config, "flash": flash}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_json({**config, "flash": flash})

@@ -9,14 +9,13 @@ Knows: the file's fields. Does not know: how they are measured, or what is plann
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_flash.common.files import write_text
+from mlx_flash.common.files import atomic_write, sha256_of_json
 from mlx_flash.errors import DamagedError, PredictorError
 
 from .directory import ModelDirectory
@@ -53,12 +52,7 @@ def write(path: Path, demand: ExpertDemand) -> None:
         "measured": demand.measured,
         "misses": demand.curves,
     }
-    temporary = path.with_name("writing-" + path.name)
-    try:
-        write_text(temporary, json.dumps({"sha256": _sha256(fields)} | fields) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write(path, json.dumps({"sha256": sha256_of_json(fields)} | fields) + "\n")
 
 
 def read(path: Path, fingerprint: str, rows: Sequence[int]) -> ExpertDemand | None:
@@ -122,10 +116,6 @@ def _fields(path: Path) -> dict[str, Any]:
             f"{path} has format version {fields.get('format_version')}, this version of mlx_flash "
             f"reads {FORMAT_VERSION}; update mlx_flash or calibrate again"
         )
-    if _sha256(fields) != found:
+    if sha256_of_json(fields) != found:
         raise DamagedError(f"{path} is damaged: its hash is not {found}; calibrate again")
     return fields
-
-
-def _sha256(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

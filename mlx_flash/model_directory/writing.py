@@ -10,7 +10,6 @@ Knows: what may be replaced, locks, disk space, renames. Does not know: what is 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_flash.common.files import sync, write_text
+from mlx_flash.common.files import FULL, atomic_write, is_temporary, sync
 from mlx_flash.common.sizes import show
 from mlx_flash.errors import ConvertError, FlashError
 
@@ -35,7 +34,6 @@ CALIBRATION = (
 )
 MARKER = "convert.key"  # in OUT.partial: which conversion it belongs to
 MARGIN_BYTES = 64 << 20  # tokenizer files, file system overhead
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def check_target(out: Path, force: bool, source: str | Path) -> None:
@@ -108,7 +106,7 @@ def _strange_files(out: Path) -> list[str]:
     files = flash.get("files")
     ours = {"config.json", ROW_FILE, ".DS_Store", *CALIBRATION}
     ours |= files.keys() if isinstance(files, dict) else set()
-    return sorted(file.name for file in out.iterdir() if file.name not in ours)
+    return sorted(f.name for f in out.iterdir() if f.name not in ours and not is_temporary(f))
 
 
 def check_in_place(path: Path) -> None:
@@ -192,7 +190,7 @@ def _is_unfinished(partial: Path) -> bool:
     """Whether it is nothing yet, an empty directory, or one with a marker."""
     if partial.is_symlink() or not partial.is_dir():
         return not (partial.is_symlink() or partial.exists())
-    return (partial / MARKER).is_file() or not any(partial.iterdir())
+    return (partial / MARKER).is_file() or all(map(is_temporary, partial.iterdir()))
 
 
 def _take_lock(lock: int, partial: Path) -> None:
@@ -225,7 +223,7 @@ def _claim(partial: Path, key: str) -> None:
                 shutil.rmtree(file)
             elif file != marker:
                 file.unlink()
-        write_text(marker, key)
+        atomic_write(marker, key)
 
 
 def _remove_if_nothing_done(partial: Path, lock: int) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.common.user_cache import key_of, machine_name, recall, remember
+from mlx_flash.common.files import digest_of
+from mlx_flash.common.user_cache import machine_name, recall, remember
 from mlx_flash.paging.slot_memory import SlotMemory
 from mlx_flash.storage.reader import RowReader
 
@@ -100,7 +101,7 @@ def disk_speed(
         "scatters": extent.layout.scatters,
         "parts": sorted(parts) if parts is not None else None,
     }
-    key = key_of(facts)
+    key = digest_of(facts)
     if not again and (known := recall("speeds.json", key)):
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return _from_json(known)

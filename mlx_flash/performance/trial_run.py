@@ -98,7 +98,7 @@ def run_trial(
         again: forget what is known.
         progress: told what is being done.
     """
-    key = user_cache.key_of(_facts(model))
+    key = files.digest_of(_facts(model))
     found = TrialRun() if again else _recall(key)
     todo = [way for way in _possible(model, ram) if way not in found.ways]
     if "paged" in found.ways and found.use is None:
@@ -164,7 +164,7 @@ def _remember(key: str, found: TrialRun) -> None:
         if found.use:
             directory = user_cache.cache_directory()
             directory.mkdir(parents=True, exist_ok=True)
-            files.write_atomically(directory / f"{key}.npz", found.use.to_bytes())
+            files.atomic_write(directory / f"{key}.npz", found.use.to_bytes())
         fields = {
             "ways": {way: asdict(tried) for way, tried in found.ways.items()},
             "use": found.use is not None,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_flash.common.files import replacing
 from mlx_flash.errors import DamagedError, PredictorError
 from mlx_flash.models.dtypes import UNITS
 
@@ -119,20 +119,13 @@ def write(path: Path, predictors: Predictors) -> None:
         "measured": json.dumps(predictors.measured),
         "sha256": _sha256(tensors),
     }
-    # mlx names files it writes *.safetensors, whatever it is told.
-    temporary = path.with_name("writing-" + path.name)
-    try:
+    with replacing(path) as temporary:
         try:
             mx.save_safetensors(str(temporary), tensors or {"none": mx.zeros((1,))}, metadata)
         except RuntimeError as error:  # mlx's own, for a full disk, too
             raise PredictorError(
                 f"writing {path} failed: {error}; make room and run the same command again"
             ) from error
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Predictors:

@@ -100,6 +100,11 @@ def file_bytes(
     return len(_header(layouts, rows, source, [PENDING] * len(rows), unit)) + data
 
 
+def fingerprint_of(hashes: Sequence[str]) -> str:
+    """sha256 over the hashes of all layers: what ties a row file to its model directory."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 class RowFile:
     """An existing row file, checked from its header and size alone.
 
@@ -168,8 +173,8 @@ class RowFile:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all layers' hashes: what ties the file to its model directory."""
-        return hashlib.sha256("".join(self.hashes).encode()).hexdigest()
+        """See ``fingerprint_of``."""
+        return fingerprint_of(self.hashes)
 
     def layer_bytes(self, layer: int) -> int:
         return self.layers[layer].nbytes

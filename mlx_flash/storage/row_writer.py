@@ -12,7 +12,16 @@ import numpy as np
 from mlx_flash.common.files import hash_file_range
 from mlx_flash.errors import RowFileError
 
-from .row_file import PENDING, UNITS, _checked, _header, _parse, _read_header, each
+from .row_file import (
+    PENDING,
+    UNITS,
+    _checked,
+    _header,
+    _parse,
+    _read_header,
+    each,
+    fingerprint_of,
+)
 from .row_layout import RowLayout
 
 
@@ -56,6 +65,11 @@ class RowFileWriter:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the finished file; see ``fingerprint_of``."""
+        return fingerprint_of(self.hashes)
 
     def next_layer(self) -> int:
         """The first layer that is still to be written; the number of layers when all are."""

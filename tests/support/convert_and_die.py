@@ -20,11 +20,10 @@ import signal
 import sys
 from pathlib import Path
 
-from mlx_flash.common import files
 from mlx_flash.conversion import convert as convert_module
 from mlx_flash.conversion import row_plan
 from mlx_flash.errors import FlashError
-from mlx_flash.storage import row_file
+from mlx_flash.storage import row_writer
 
 NEW, OLD, OUT, SCENE, STRIDE = sys.argv[1:]
 OUT = Path(OUT)
@@ -78,13 +77,20 @@ def killed_at(k, source=NEW):
             die()
         return pwrite(fd, data, offset)
 
-    pwrite, row_file.os.pwrite = os.pwrite, half_written
+    def half_written_file(path, data):
+        if step():
+            write_bytes(path, data[: len(data) // 2])
+            die()
+        return write_bytes(path, data)
+
+    pwrite, row_writer.os.pwrite = os.pwrite, half_written
+    write_bytes = Path.write_bytes
     for name in ("fsync", "mkdir", "open"):
         setattr(os, name, watched(getattr(os, name)))
     for name in ("rename", "replace", "unlink", "rmdir"):
         setattr(Path, name, watched(getattr(Path, name)))
     shutil.copyfile = watched(shutil.copyfile)
-    files.write_text = watched(files.write_text)
+    Path.write_bytes = half_written_file
     convert(source, progress=lambda *_: die() if step() else None)
 
 

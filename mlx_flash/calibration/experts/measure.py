@@ -13,8 +13,6 @@ counted (``expert_figures``), how figures are shown (``expert_report``).
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from mlx_flash.calibration import recordings, report
 from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.neurons.perplexity_search import Progress
 from mlx_flash.calibration.text import CalibrationText
+from mlx_flash.common.files import digest_of
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import BudgetError, CalibrationError
 from mlx_flash.model_directory import expert_demand_file
@@ -99,7 +98,7 @@ def measure(
     del tokenizer
     work = recordings.path_for(directory)
     what = ("experts", FORMAT_VERSION, directory.rows.fingerprint, text.sha256, asdict(settings))
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    key = digest_of(what)
     with recordings.working_directory(work, key):
         job = _Job(directory, settings, text, work, budget, progress or (lambda *_: None))
         found = job.run()

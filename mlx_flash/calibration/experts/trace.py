@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_flash.calibration import probes
+from mlx_flash.common.files import replacing
 from mlx_flash.errors import CalibrationError
 from mlx_flash.paging.prefetch import best
 from mlx_flash.runtime.pagers import ExpertPager
@@ -106,10 +107,8 @@ def _flat(numbers: mx.array) -> np.ndarray:
 
 def save(path: Path, sequence: int, arrays: dict[str, np.ndarray]) -> None:
     """Keep what was recorded of one sequence; whole or not there."""
-    temporary = path / f"experts-{sequence:05d}.writing"
-    with open(temporary, "wb") as f:
-        np.savez(f, **arrays)
-    temporary.replace(_file(path, sequence))
+    with replacing(_file(path, sequence)) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def recorded(path: Path, sequences: int) -> int:

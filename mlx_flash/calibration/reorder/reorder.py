@@ -26,8 +26,7 @@ import numpy as np
 from mlx_flash.calibration import recordings
 from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.neurons.perplexity_search import Progress
-from mlx_flash.common import files as files_module
-from mlx_flash.common.files import sha256_of
+from mlx_flash.common.files import atomic_write, digest_of, sha256_of, sync
 from mlx_flash.common.sizes import parse_ram
 from mlx_flash.errors import ConvertError, DamagedError, ModelError, PredictorError
 from mlx_flash.model_directory import writing
@@ -111,7 +110,7 @@ def reorder(
     }
     found = {"text": text.source, "tokens": int(text.train.size), "predictor": selection.kind}
     work = source.with_name(source.name + ".reordering")
-    key = _digest([settings, directory.config["flash"]["config_sha256"]])
+    key = digest_of([settings, directory.config["flash"]["config_sha256"]])
     counts = {name: part.size for name, part in text.parts().items()}
     report = progress or (lambda *_: None)
     recordings.check_disk(work, recordings.disk_bytes(directory, access_trace.KIND, counts))
@@ -137,7 +136,7 @@ def _fitted(selection: Selection) -> str | None:
     if selection.file is None:
         return None
     layers = [[layer.kind, layer.threshold, layer.rank] for layer in selection.file.layers]
-    return _digest([layers, selection.measured])
+    return digest_of([layers, selection.measured])
 
 
 def _selection(directory: ModelDirectory) -> Selection:
@@ -251,7 +250,7 @@ def _write(
     digest = hashlib.sha256()
     for order in orders:
         digest.update(np.ascontiguousarray(order, np.int64).data)
-    key = _digest([directory.config["flash"]["config_sha256"], digest.hexdigest()])
+    key = digest_of([directory.config["flash"]["config_sha256"], digest.hexdigest()])
     with writing.working_directory(target, key) as partial:
         _check_target(directory.path, target)  # again, now that nobody else writes it
         fingerprint = _write_rows(directory, partial / ROW_FILE, orders, key, progress)
@@ -293,7 +292,7 @@ def _write_rows(
             reader.close()
     finally:
         writer.close()
-    return hashlib.sha256("".join(writer.hashes).encode()).hexdigest()
+    return writer.fingerprint
 
 
 def moved(reader: RowReader, layer: int, order: np.ndarray) -> Iterator[np.ndarray]:
@@ -331,7 +330,7 @@ def _write_files(
         shutil.copyfile(source, target)
         if name.endswith(".safetensors"):
             write_permuted(target, resident, orders)
-        files_module.sync(target)
+        sync(target)
         files[name] = {"bytes": target.stat().st_size, "sha256": sha256_of(target)}
     before = _original(directory)
     now = {
@@ -339,7 +338,7 @@ def _write_files(
         for i, order in enumerate(orders)
     }
     mx.save_safetensors(str(partial / NAME), now, {"format": "mlx_flash.row_order"})
-    files_module.sync(partial / NAME)
+    sync(partial / NAME)
     files[NAME] = {"bytes": (partial / NAME).stat().st_size, "sha256": sha256_of(partial / NAME)}
     return files
 
@@ -380,7 +379,7 @@ def _write_predictors(
         if name.endswith(".json"):
             report = _json(source)
             report["rows_fingerprint"] = fingerprint
-            files_module.write_text(partial / name, json.dumps(report, indent=2) + "\n")
+            atomic_write(partial / name, json.dumps(report, indent=2) + "\n")
         else:
             shutil.copyfile(source, partial / name)
 
@@ -393,7 +392,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedError(f"{path} holds no JSON object; remove it")
     return found
-
-
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

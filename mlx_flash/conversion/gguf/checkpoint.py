@@ -11,8 +11,6 @@ a guess.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
+from mlx_flash.common.files import digest_of
 from mlx_flash.errors import ModelError
 
 from . import tokenizer
@@ -110,8 +109,7 @@ class GGUFCheckpoint:
             self._list(name.removesuffix(".weight"), tensor)
         self._taken: tuple[str, dict[str, mx.array]] = ("", {})
         what = [self.path.name, stat.st_size, stat.st_mtime_ns, self._meta, infos]
-        digest = hashlib.sha256(json.dumps(what).encode())
-        self.fingerprint: str = digest.hexdigest()[:16]
+        self.fingerprint: str = digest_of(what)
         self.predictors: dict[str, mx.array] = {}
         self.row_scheme = None  # its FFNs have no zeros: rows are whole layers
 

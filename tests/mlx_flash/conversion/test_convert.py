@@ -398,11 +398,27 @@ def test_strange_files_do_not_stay(source, tmp_path):
     (source / "NOTICE").write_text("once")
     break_off(source, tmp_path / "out")
     (tmp_path / "out.partial" / "NOTICE").write_text("once")
-    (tmp_path / "out.partial" / "model.safetensors.writing").write_text("half")
+    (tmp_path / "out.partial" / "mlx_flash-writing-0123456789ab.safetensors").write_text("half")
     (source / "NOTICE").unlink()
     out = convert(source, tmp_path / "out")
     assert tree(out) == tree(convert(source, tmp_path / "undisturbed"))
     assert "NOTICE" not in names(out)
+
+
+def test_killed_while_the_marker_was_written(source, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mlx_flash-writing-0123456789ab").write_text("0123")
+    out = convert(source, tmp_path / "out")
+    assert tree(out) == tree(convert(source, tmp_path / "undisturbed"))
+
+
+def test_killed_while_a_file_of_a_model_was_written(source, tmp_path):
+    """What is left of it is ours, and no reason to keep the model from being replaced."""
+    out = convert(source, tmp_path / "out")
+    (out / "mlx_flash-writing-0123456789ab.safetensors").write_text("half")
+    convert(source, out, force=True)
+    assert tree(out) == tree(convert(source, tmp_path / "undisturbed"))
 
 
 @pytest.fixture
@@ -448,13 +464,14 @@ def test_ctrl_c(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama", "bfloat16")
     slow = (
         "import sys, time\n"
-        "from mlx_flash import cli, units\n"
-        "raw = units.raw\n"
+        "from mlx_flash import cli\n"
+        "from mlx_flash.conversion import row_plan\n"
+        "raw = row_plan.raw\n"
         "def wait(array):\n"
         "    print('reading', flush=True)\n"
         "    while True:\n"
         "        time.sleep(0.05)\n"
-        "units.raw = wait\n"
+        "row_plan.raw = wait\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     command = ["convert", "--model", str(source), "--mlx-path", str(tmp_path / "out")]

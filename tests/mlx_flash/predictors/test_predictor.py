@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_flash.common import files
 from mlx_flash.errors import DamagedError, PredictorError
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor import Everything, LowRank, ResidentPart
@@ -232,7 +233,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / predictor_file.NAME
     predictor_file.write(path, low_rank_file())
     before = path.read_bytes()
-    monkeypatch.setattr(predictor_file.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28)))
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28)))
     with pytest.raises(OSError):
         predictor_file.write(path, Predictors("threshold", "a", [LayerPredictor("threshold")]))
     assert path.read_bytes() == before
