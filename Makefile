@@ -29,9 +29,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# The numbers of the README; needs fio, and root for the memory cgroup. Says what it skips and why.
+# The figures of exact streaming (the others: benchmarks/README.md). 25 GB of disk; needs fio, and
+# root for a memory cgroup: the last line but one names what was skipped, and why.
 bench: $(VENV)/.installed-test
-	$(BIN)/python benchmarks/exact_streaming.py
+	$(BIN)/python -m benchmarks.exactness.exact_streaming
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else \

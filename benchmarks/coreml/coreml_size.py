@@ -1,6 +1,7 @@
 """Time, peak memory and bits per parameter of exporting a llama of 1.1 billion random weights.
 
-    python benchmarks/coreml_size.py [--quant none,int8,int4] [--layers 22] [--rounding nearest]
+    python -m benchmarks.coreml.coreml_size
+    python -m benchmarks.coreml.coreml_size --quant int4 --layers 2 --rounding nearest
 
 TinyLlama's shape: 22 layers, 2048 wide, FFN 5632, 32 heads, 4 of keys, vocabulary 32000, untied.
 Both functions are exported, nothing is verified. Peak memory is the resident peak of the process.
@@ -19,8 +20,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "benchmarks" / "out" / "coreml"
+from benchmarks.support import machine
+from benchmarks.support.from_tests import write_tokenizer
+from benchmarks.support.machine import ROOT
+
+OUT = machine.OUT / "coreml"
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -71,10 +75,7 @@ def checkpoint(layers: int) -> Path:
     write(layers, ends)
     index = {"metadata": {}, "weight_map": files}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support import tiny
-
-    tiny.write_tokenizer(path, 1000)
+    write_tokenizer(path, 1000)
     (path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
     return path
 

@@ -3,7 +3,7 @@
 Prints a table and one JSON line. Every ratio comes from runs side by side in one process or one
 after the other, interleaved. Models are made under benchmarks/out (about 25 GB for all of it).
 
-    python benchmarks/exact_streaming.py [--only tokens,logits,...]
+    python -m benchmarks.exactness.exact_streaming [--only tokens,logits,...]
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from mlx_lm import utils
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks.support import common
-from benchmarks.support.common import OUT, cli
+from benchmarks.support import fio
+from benchmarks.support.cgroup import cgroup_root, cli
+from benchmarks.support.machine import OUT, machine_name
+from benchmarks.support.random_llama import random_llama
+from demos.smollm2 import smollm2_gguf
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.runtime.load import load_model, load_tokenizer
@@ -35,17 +38,18 @@ from mlx_flash.runtime.options import PagingOptions
 
 PROMPT = "Write a short story about a lighthouse keeper and the sea."
 TOKENS = 128
+CONVERSION_BYTES = 19 * 10**9  # the larger checkpoint and what is made of it
 
 
 def smollm(dtype: str) -> ModelDirectory:
     out = OUT / f"smollm2-{dtype}"
     if not out.exists():
-        convert(str(common.smollm_gguf()), out, dtype=dtype, dequantize=True)
+        convert(str(smollm2_gguf()), out, dtype=dtype, dequantize=True)
     return ModelDirectory(out)
 
 
 def llama(name: str, hidden: int, rows: int, layers: int) -> ModelDirectory:
-    source = common.random_llama(OUT / f"{name}-hf", hidden, rows, layers)
+    source = random_llama(OUT / f"{name}-hf", hidden, rows, layers)
     if not (OUT / name).exists():
         convert(str(source), OUT / name)
     return ModelDirectory(OUT / name)
@@ -66,7 +70,7 @@ def plain_llama(directory: ModelDirectory, permuted: bool):
 
     ``permuted`` leaves the rows of q and k as they lie in the file, for ``rope_traditional``.
     """
-    weights, _ = mx.load(str(common.smollm_gguf()), return_metadata=True)
+    weights, _ = mx.load(str(smollm2_gguf()), return_metadata=True)
     names = {
         "token_embd": "model.embed_tokens", "output_norm": "model.norm",
         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -130,7 +134,9 @@ def footprint() -> dict:
     _, _, dense = cli(*args, "--dense")
     _, output, _ = cli(*args, "--ram", "1MB")
     least = int(float(output.split("least that works is ")[1].split(" MB")[0]) * 1e6)
-    found = {"dense run": f"{dense / 1e6:.0f} MB", "cgroup": common.cgroup_root() is not None}
+    found = {"dense run": f"{dense / 1e6:.0f} MB"}
+    if cgroup_root() is None:
+        found["skipped"] = "the limit: no memory cgroup can be made here; that takes Linux and root"
     for ram in (least, (least + dense) // 2, dense):
         code, _, peak = cli(*args, "--ram", str(ram), limit=ram)
         found[f"budget {ram / 1e6:.0f} MB"] = f"{peak / 1e6:.0f} MB, exit {code}"
@@ -181,7 +187,9 @@ def reader() -> dict:
         for _ in range(9):  # short runs in turn: the disk drifts by a factor of two in a minute
             ours.append(total / cycle(flash.stream, max(1, int(3e9 / total))))
             flash.stream.close()
-            theirs.append(common.fio(directory.rows.path, block, flash.reader.bulk_threads))
+            theirs.append(
+                fio.bytes_per_second(directory.rows.path, block, flash.reader.bulk_threads)
+            )
         flash.close()
         found[directory.path.name] = {
             "request": block,
@@ -243,9 +251,11 @@ def overlap() -> dict:
 
 def conversion() -> dict:
     """Peak resident memory of converting random llamas of 0.5 and 8 GB."""
+    if shutil.disk_usage(OUT).free < CONVERSION_BYTES:
+        raise RuntimeError(f"it takes {CONVERSION_BYTES / 1e9:.0f} GB of disk")
     found = {}
     for name, shape in (("llama-0.5gb", (2048, 5632, 2)), ("llama-8gb", (4096, 11008, 24))):
-        source = common.random_llama(OUT / f"{name}-hf", *shape)
+        source = random_llama(OUT / f"{name}-hf", *shape)
         size = sum(f.stat().st_size for f in source.glob("*.safetensors"))
         shutil.rmtree(OUT / name, ignore_errors=True)
         began = time.perf_counter()
@@ -261,7 +271,7 @@ def conversion() -> dict:
 
 def kills() -> dict:
     """SIGKILL at 20 random moments of a conversion, resumed; the files against undisturbed ones."""
-    source = common.random_llama(OUT / "kill-hf", 1024, 2816, 6, vocab=8000)
+    source = random_llama(OUT / "kill-hf", 1024, 2816, 6, vocab=8000)
     args = [sys.executable, "-m", "mlx_flash", "convert", "--model", str(source), "--mlx-path"]
 
     def files(path: Path) -> dict[str, bytes]:
@@ -309,7 +319,7 @@ def main() -> None:
     parser.add_argument("--only", help="comma-separated: " + ",".join(p.__name__ for p in PARTS))
     wanted = parser.parse_args().only
     OUT.mkdir(exist_ok=True)
-    results = {"machine": common.machine(), "date": date.today().isoformat()}
+    results = {"machine": machine_name(), "date": date.today().isoformat()}
     print(f"{results['machine']}, {results['date']}")
     for part in PARTS:
         if wanted and part.__name__ not in wanted.split(","):
@@ -321,7 +331,18 @@ def main() -> None:
             results[part.__name__] = {"skipped": str(error)}
         for label, value in results[part.__name__].items():
             print(f"  {label:<28} {value}", flush=True)
-    print("\n" + json.dumps(results))
+    print(f"\n{skipped(results)}\n{json.dumps(results)}")
+
+
+def skipped(results: dict) -> str:
+    """Which parts were not measured, and why, in one line."""
+    reasons = {
+        name: found["skipped"]
+        for name, found in results.items()
+        if isinstance(found, dict) and "skipped" in found
+    }
+    listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    return f"Skipped: {listed or 'nothing'}"
 
 
 if __name__ == "__main__":

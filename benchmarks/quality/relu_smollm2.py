@@ -1,11 +1,13 @@
 """What the shipped adapter makes of SmolLM2-135M: quality, zeros, predictors, bytes, tokens.
 
-    python benchmarks/relu_smollm2.py                    # all of it
-    python benchmarks/relu_smollm2.py --only quality     # perplexity and zeros, both held-out texts
-    python benchmarks/relu_smollm2.py --only predictors  # calibrate, what low-rank predictors cost
-    python benchmarks/relu_smollm2.py --only bytes       # read per token with room for 30 % of rows
-    python benchmarks/relu_smollm2.py --only tokens      # exact gate against dense, greedy
-    python benchmarks/relu_smollm2.py --only answers     # both models' answers, unpicked
+    python -m benchmarks.quality.relu_smollm2
+    python -m benchmarks.quality.relu_smollm2 --only quality
+
+    quality     perplexity and zeros, both held-out texts
+    predictors  calibrates; what low-rank predictors cost
+    bytes       read per token with room for 30 % of the rows
+    tokens      exact gate against dense, greedy
+    answers     both models' answers, unpicked
 
 Held-out texts: every tenth window of Persuasion, and 48 windows of chats sampled from the dense
 model on topics that no training text has (training/held-out-chat.npy). Says nothing about speed.
@@ -25,7 +27,8 @@ import numpy as np
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.support.common import OUT, smollm_gguf
+from benchmarks.support.machine import OUT
+from demos.smollm2 import smollm2_gguf
 from mlx_flash import convert, load
 from mlx_flash.calibration import probes
 from mlx_flash.calibration.calibrate import calibrate
@@ -54,7 +57,7 @@ def directory(kind: str, dtype: str) -> Path:
     path = OUT / f"smollm2-{kind}-{dtype}"
     if not (path / "config.json").exists():
         adapter = ADAPTER if kind == "relu" else None
-        convert(smollm_gguf(), path, dtype=dtype, dequantize=True, adapter=adapter)
+        convert(smollm2_gguf(), path, dtype=dtype, dequantize=True, adapter=adapter)
     return path
 
 

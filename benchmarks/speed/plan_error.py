@@ -8,8 +8,8 @@ Four models, five budgets each, from the least that works to everything resident
     opt        a random OPT with low-rank predictors, about 10 % of the rows predicted
     mixture    a random mixture of 4 layers of 32 experts, 8 a token, 4 bits
 
-    python benchmarks/plan_error.py
-    python benchmarks/plan_error.py --only relu,opt
+    python -m benchmarks.speed.plan_error
+    python -m benchmarks.speed.plan_error --only relu,opt
 
 Knows: how the models are made. Does not know: how anything is planned or measured.
 """
@@ -23,9 +23,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.mixture import mixture
-from benchmarks.support import common, opt_shape
-from benchmarks.support.common import OUT
+from benchmarks.mixture import model as mixture
+from benchmarks.support import synthetic_opt
+from benchmarks.support.machine import OUT
+from benchmarks.support.random_llama import random_llama
+from demos.smollm2 import smollm2_gguf
 from mlx_flash.common.sizes import with_margin
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -40,14 +42,14 @@ THRESHOLD = 1.4  # of the gate's outputs, whose standard deviation is 1, 8 % are
 def smollm2() -> Path:
     path = OUT / "smollm2-bfloat16"
     if not (path / "config.json").exists():
-        convert(str(common.smollm_gguf()), path, dequantize=True, dtype="bfloat16")
+        convert(str(smollm2_gguf()), path, dequantize=True, dtype="bfloat16")
     return path
 
 
 def relu() -> Path:
     path = OUT / "fatrelu"
     if not (path / "config.json").exists():
-        source = common.random_llama(OUT / "fatrelu-source", 1024, 4096, 8, 4096)
+        source = random_llama(OUT / "fatrelu-source", 1024, 4096, 8, 4096)
         file = source / "config.json"
         changed = {"model_type": "sparsellama", "architectures": ["SparseLlamaForCausalLM"]}
         changed |= {"hidden_act": "fatrelu", "hidden_act_param": THRESHOLD}
@@ -57,7 +59,7 @@ def relu() -> Path:
 
 
 def opt() -> Path:
-    return opt_shape.make(OUT / "opt-small", opt_shape.SMALL).path
+    return synthetic_opt.make(OUT / "opt-small", synthetic_opt.SMALL).path
 
 
 def small_mixture() -> Path:

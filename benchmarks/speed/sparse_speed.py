@@ -1,8 +1,8 @@
 """What reading only the rows that fire takes: overlap, growth, drift, our own share of the time.
 
-Models are random, sparse by construction (``relu_llama``, ``opt_shape``), with low-rank predictors
-that are nearly right. Tokens are given, not generated, so that all who are compared see the same
-ones; figures are medians, and every ratio comes from runs in one process that take turns.
+Models are random, sparse by construction (``synthetic_llama``, ``synthetic_opt``), with low-rank
+predictors that are nearly right. Tokens are given, not generated, so that all who are compared see
+the same ones; figures are medians, and every ratio comes from runs in one process that take turns.
 
     overlap    a token's time over the longer of reading alone (the same reads again, without
                computing) and computing alone (every row in slots)
@@ -13,8 +13,8 @@ ones; figures are medians, and every ratio comes from runs in one process that t
     profile    a decode step of OPT-6.7B's shape, 4 of its 32 layers, where its time goes
     resident   every row in memory, against the dense model
 
-    python benchmarks/sparse_speed.py                          # 13 GB of disk, 10 minutes
-    python benchmarks/sparse_speed.py --small --only overlap   # 0.1 GB
+    python -m benchmarks.speed.sparse_speed                          # 13 GB of disk, 10 minutes
+    python -m benchmarks.speed.sparse_speed --small --only overlap   # 0.1 GB
 
 Knows: the package's loader, its counters. Does not know: how models are made.
 """
@@ -37,9 +37,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
-from benchmarks.support import common, opt_shape
-from benchmarks.support.common import OUT
-from benchmarks.support.relu_llama import SMALL, Shape, make
+from benchmarks.support import synthetic_opt
+from benchmarks.support.machine import OUT, machine_name
+from benchmarks.support.synthetic_llama import SMALL, Shape, make
 from mlx_flash.common import platform
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import row_stream
@@ -53,7 +53,7 @@ WARM = 48  # tokens before any figure counts: slots fill
 DRIFT_TOKENS, DRIFT_WARM, KV = 2000, 1200, 256
 NARROW = Shape(1024, 4096, 8, 16, 4, 8000, 128, active=0.08, predicted=0.10)
 WIDE = dataclasses.replace(NARROW, rows=4 * 4096, active=0.02, predicted=0.025)
-OPT = opt_shape.Shape(layers=4)
+OPT = synthetic_opt.Shape(layers=4)
 
 
 class Run:
@@ -230,8 +230,8 @@ def drift(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
 
 def profile(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
-    directory = opt_shape.make(OUT / "opt-4-layers", OPT)
-    words = [int(word) for word in opt_shape.words(OPT.vocab)[20_000:21_000]]
+    directory = synthetic_opt.make(OUT / "opt-4-layers", OPT)
+    words = [int(word) for word in synthetic_opt.words(OPT.vocab)[20_000:21_000]]
     run = Run(directory, words, predictor="low-rank", cache_share=0.25)
     run.steps(12)
     clock = Clock(run.model.flash.reader)
@@ -340,7 +340,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.only.split(",")) - PARTS.keys():
         parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    print(f"{common.machine()}, {date.today().isoformat()}")
+    print(f"{machine_name()}, {date.today().isoformat()}")
     results: dict[str, dict] = {}
     for name in options.only.split(","):
         print(f"\n{name}")

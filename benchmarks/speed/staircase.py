@@ -1,9 +1,9 @@
 """What each step of LLM in a flash saves, on a random model of OPT-6.7B's shape (section 4, OPT).
 
-The model (``opt_shape``, 13 GB) is loaded and decodes the words of a novel token by token; which
-rows its predictors name is recorded. The reads of each step are then done again for those very
-tokens, without computing, against the same files: direct, taking turns with the other steps and
-with fio, medians told.
+The model (``synthetic_opt``, 13 GB) is loaded and decodes the words of a novel token by token;
+which rows its predictors name is recorded. The reads of each step are then done again for those
+very tokens, without computing, against the same files: direct, taking turns with the other steps
+and with fio, medians told.
 
     naive       every weight, one sequential read of both files by 8 threads, 2 MiB a request
     hybrid      half of that
@@ -14,12 +14,12 @@ with fio, medians told.
 
 Up to and with "window" a row is two reads of 8 KiB far apart: the same bytes are taken as a file
 whose layers hold all up rows and then all down rows. Real are the reads, the predictors' work, the
-tables; made up are the weights, so which rows are wanted (see ``opt_shape``). Besides, the whole
-model's own tokens/s, and the share of a token's time that the rows' path takes besides reading and
-matmuls: predicting, tables, handing row numbers over.
+tables; made up are the weights, so which rows are wanted (see ``synthetic_opt``). Besides, the
+whole model's own tokens/s, and the share of a token's time that the rows' path takes besides
+reading and matmuls: predicting, tables, handing row numbers over.
 
-    python benchmarks/staircase.py                        # 13 GB made, 27 GB of disk meanwhile
-    python benchmarks/staircase.py --small --repeats 1    # 0.2 GB, to try it
+    python -m benchmarks.speed.staircase                        # 13 GB, 27 GB of disk meanwhile
+    python -m benchmarks.speed.staircase --small --repeats 1    # 0.2 GB, to try it
 
 Knows: the steps, the package's reader, tables and statistics. Does not know: how the model is made.
 """
@@ -40,9 +40,11 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks.support import common
-from benchmarks.support.common import OUT
-from benchmarks.support.opt_shape import SMALL, Shape, make, words
+from benchmarks.support import fio
+from benchmarks.support.fio import BLOCK, STREAMS, read_through, warm
+from benchmarks.support.machine import OUT, machine_name
+from benchmarks.support.slot_hits import fetch
+from benchmarks.support.synthetic_opt import SMALL, Shape, make, words
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import make_policy
 from mlx_flash.paging.slot_memory import SlotMemory
@@ -134,7 +136,7 @@ def missing(trace: Trace, rows: int, policy: str, capacity: int) -> Trace:
         table, keeper = SlotTable(rows, capacity), make_policy(policy, rows)
         reads = []
         for active in layer:
-            reads.append(active[~common.fetch(table, keeper, active)])
+            reads.append(active[~fetch(table, keeper, active)])
         found.append(reads)
     return found
 
@@ -183,8 +185,8 @@ def staircase(directory: ModelDirectory, trace: Trace, options: argparse.Namespa
     weights = [file.path, *directory.shards]
     window = missing(trace, rows, f"window:{options.window}", capacity)
     steps: dict[str, Callable[[], tuple[float, float]]] = {
-        "naive": lambda: common.read_through(weights),
-        "hybrid": lambda: common.read_through(weights, 0.5),
+        "naive": lambda: read_through(weights),
+        "hybrid": lambda: read_through(weights, 0.5),
         "+ predictor": Replay(file, trace, bundled=False, every=SLOW),
         "+ window": Replay(file, window, bundled=False),
         "+ bundling": Replay(file, window, bundled=True),
@@ -195,16 +197,16 @@ def staircase(directory: ModelDirectory, trace: Trace, options: argparse.Namespa
     fios = {
         "fio, random, a row": (stride, 32, "randread"),
         "fio, random, half a row": (stride // 2, 32, "randread"),
-        "fio, sequential": (common.BLOCK, common.STREAMS, "read"),
+        "fio, sequential": (BLOCK, STREAMS, "read"),
     }
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     speeds: dict[str, list[float]] = {name: [] for name in fios}
-    passes = common.warm(weights)
+    passes = warm(weights)
     for _ in range(options.repeats):
         for name, step in steps.items():
             runs[name].append(step())
         for name, (block, threads, pattern) in fios.items():
-            speeds[name].append(common.fio(file.path, block, threads, pattern))
+            speeds[name].append(fio.bytes_per_second(file.path, block, threads, pattern))
     found: dict = {"passes to warm up": {"GB/s": [round(speed, 2) for speed in passes]}}
     for name, pairs in runs.items():
         seconds = statistics.median(s for s, _ in pairs)
@@ -262,9 +264,9 @@ def main() -> None:
     path.parent.mkdir(exist_ok=True)
     directory = make(path, SMALL if options.small else Shape())
     recorded = path.with_name(f"{path.name}-{TRACE}")
-    results: dict = {"machine": common.machine(), "date": date.today().isoformat()}
+    results: dict = {"machine": machine_name(), "date": date.today().isoformat()}
     print(f"{results['machine']}, {results['date']}")
-    common.warm([directory.rows.path, *directory.shards])
+    warm([directory.rows.path, *directory.shards])
     if options.reads_only:
         trace = saved(recorded)
     else:

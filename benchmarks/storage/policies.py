@@ -8,9 +8,9 @@ slot when its token comes; hits count after a warm start. The yardstick is Belad
 rule: every active row takes a slot while there are enough. Besides: what it would give to let rows
 that rank low pass by.
 
-    python benchmarks/policies.py                    # everything, some minutes
-    python benchmarks/policies.py --traces opt-austen --tokens 500
-    python benchmarks/policies.py --by-demand        # slots as ``load`` allots them
+    python -m benchmarks.storage.policies                    # everything, some minutes
+    python -m benchmarks.storage.policies --traces opt-austen --tokens 500
+    python -m benchmarks.storage.policies --by-demand        # slots as ``load`` allots them
 
 Knows: traces, policies, slot tables. Does not know: seconds or bytes (``staircase``).
 """
@@ -29,9 +29,11 @@ import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.support import common
-from benchmarks.support.common import OUT
+from benchmarks.support.machine import OUT, ROOT, machine_name
+from benchmarks.support.slot_hits import fetch
+from demos.smollm2 import smollm2_gguf
 from mlx_flash.calibration import probes
+from mlx_flash.calibration.text import DEFAULT as TEXT
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
@@ -41,10 +43,8 @@ from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_plan import PagingRequirements
 from mlx_flash.runtime.options import PagingOptions
 
-ROOT = Path(__file__).parents[2]
 FIXTURES = ("opt-austen", "llama-relu-austen")
 RELU = "relu-smollm2"  # the adapter that ships
-TEXT = ROOT / "mlx_flash" / "data" / "persuasion.txt"
 TEXT_STARTS = 100_000  # characters into it: past the title page
 SMOLLM_SPARSITY = (0.5, 0.9)
 SMOLLM_LAYERS = slice(0, None, 6)
@@ -107,7 +107,7 @@ class LRFU:
 def taking_slots(rows: int, trace: Trace, capacity: int, policy: Policy) -> int:
     """Hits by the package's rule: every active row takes a slot while there are enough."""
     table = SlotTable(rows, capacity)
-    hits = [int(common.fetch(table, policy, active).sum()) for active in trace]
+    hits = [int(fetch(table, policy, active).sum()) for active in trace]
     return sum(hits[WARM:])
 
 
@@ -185,10 +185,10 @@ def directories() -> Iterator[tuple[str, Callable[[], ModelDirectory], float]]:
         source = ROOT / "tests" / "fixtures" / fixture
         name = f"{fixture}-{zlib.crc32((source / 'model.safetensors').read_bytes()):08x}"
         yield name, lambda s=source, n=name: made(s, n), 0
-    yield RELU, lambda: made(common.smollm_gguf(), RELU, RELU), 0
+    yield RELU, lambda: made(smollm2_gguf(), RELU, RELU), 0
     for sparsity in SMOLLM_SPARSITY:
         name = f"smollm2-{sparsity:.0%}-dropped"
-        yield name, lambda: made(common.smollm_gguf(), "smollm2-float32"), sparsity
+        yield name, lambda: made(smollm2_gguf(), "smollm2-float32"), sparsity
 
 
 def made(source: Path, name: str, adapter: str | None = None) -> ModelDirectory:
@@ -290,7 +290,7 @@ def main() -> None:
     options = parser.parse_args()
     wanted = tuple((options.traces or "").split(","))
     OUT.mkdir(exist_ok=True)
-    results: dict = {"machine": common.machine(), "date": date.today().isoformat()}
+    results: dict = {"machine": machine_name(), "date": date.today().isoformat()}
     print(
         f"{results['machine']}, {results['date']}; {options.tokens} tokens, {WARM} of them warm-up"
     )

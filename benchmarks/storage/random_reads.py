@@ -6,8 +6,8 @@ and waiting included. fio reads the same file at random, 16 KiB a request, direc
 The two take turns and the median of the pairs' ratios is told, since the disk drifts. The
 processor's time per request is told besides: where the machine is busy it is what slows reading.
 
-    python benchmarks/random_reads.py                      # 2.1 GB under benchmarks/out
-    python benchmarks/random_reads.py --layers 2 --pairs 3 --rows 400 --engine threads
+    python -m benchmarks.storage.random_reads                      # 2.1 GB under benchmarks/out
+    python -m benchmarks.storage.random_reads --layers 2 --pairs 3 --rows 400 --engine threads
 
 Knows: the reader, fio. Does not know: models, caches.
 """
@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.support import common
-from benchmarks.support.common import OUT
+from benchmarks.support import fio
+from benchmarks.support.fio import warm
+from benchmarks.support.machine import OUT, machine_name
 from mlx_flash.paging.slot_memory import SlotMemory
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import RowFile
@@ -75,12 +76,12 @@ def measure(file: RowFile, count: int, pairs: int, seconds: int, engine: str | N
     sets = [np.sort(random.choice(ROWS, count, replace=False)) for _ in range(ROUNDS)]
     memory = SlotMemory(file.layout, count)
     reader = RowReader(file, engine=engine)
-    common.warm([file.path])
+    warm([file.path])
     runs, theirs = [], []
     for _ in range(pairs):
         runs.append(ours(reader, memory, sets, seconds))
         theirs.append(
-            common.fio(file.path, file.layout.stride, reader.threads, "randread", seconds)
+            fio.bytes_per_second(file.path, file.layout.stride, reader.threads, "randread", seconds)
         )
     direct, engine = reader.direct, reader.engine
     reader.close()
@@ -106,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     file = row_file(options.layers)
-    results = {"machine": common.machine(), "date": date.today().isoformat()}
+    results = {"machine": machine_name(), "date": date.today().isoformat()}
     print(f"{results['machine']}, {results['date']}; {Path(file.path).stat().st_size / 1e9:.1f} GB")
     for count in map(int, options.rows.split(",")):
         results[f"{count} rows"] = measure(

@@ -7,12 +7,12 @@ package's reader, layer after layer, from two row files that differ in the order
 are medians of turns in which all variants of a share of slots follow each other.
 
 Models: the two trained ReLU models of tests/fixtures; SmolLM2 with a threshold (half of the rows
-left out), fitted by ``calibrate``; a random model of OPT's form (``opt_shape --small``). Rows of
-the trained models are far shorter than those of a model that one would page, so they are replayed
-at 16 KiB a row, too (``--row-bytes``), as in OPT-6.7B.
+left out), fitted by ``calibrate``; a random model of OPT's form (``synthetic_opt --small``). Rows
+of the trained models are far shorter than those of a model that one would page, so they are
+replayed at 16 KiB a row, too (``--row-bytes``), as in OPT-6.7B.
 
-    python benchmarks/row_order.py --cost                 # what a request and a byte take
-    python benchmarks/row_order.py --models llama-relu-austen --row-bytes 16384
+    python -m benchmarks.storage.row_order --cost                 # what a request and a byte take
+    python -m benchmarks.storage.row_order --models llama-relu-austen --row-bytes 16384
 
 Knows: traces, orders, the reader. Does not know: what computing takes.
 """
@@ -25,12 +25,13 @@ import statistics
 import sys
 import time
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.support import common
-from benchmarks.support.common import OUT
+from benchmarks.support import synthetic_opt
+from benchmarks.support.fio import warm
+from benchmarks.support.machine import OUT, ROOT, machine_name
+from demos.smollm2 import smollm2_gguf
 from mlx_flash.calibration import recordings
 from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.calibrate import calibrate
@@ -49,7 +50,6 @@ from mlx_flash.storage.row_file import RowFile
 from mlx_flash.storage.row_layout import RowLayout
 from mlx_flash.storage.row_writer import RowFileWriter
 
-ROOT = Path(__file__).parents[2]
 MODELS = ("opt-austen", "llama-relu-austen", "smollm2-threshold", "opt-small")
 SHARES = (0.1, 0.2, 0.3)
 WARM = 0.25  # of the measured half, before reads count
@@ -60,12 +60,10 @@ def directory_of(name: str) -> ModelDirectory:
     """The model, made if it is not there."""
     out = OUT / f"order-{name}"
     if name == "opt-small":
-        from benchmarks.support.opt_shape import SMALL, make
-
-        return make(out, SMALL)
+        return synthetic_opt.make(out, synthetic_opt.SMALL)
     if name == "smollm2-threshold":
         if not out.exists():
-            convert(str(common.smollm_gguf()), out, dtype="float32", dequantize=True)
+            convert(str(smollm2_gguf()), out, dtype="float32", dequantize=True)
         if not (out / predictor_file.NAME).exists():
             calibrate(out, kind="threshold", tokens=1024)
     elif not out.exists():
@@ -86,9 +84,7 @@ def traces(name: str, tokens: int) -> tuple[ModelDirectory, list[tuple[np.ndarra
         text.source, text.sha256, text.train[:cut], text.validation, text.train[cut : 2 * cut]
     )
     if name == "opt-small":  # its tokens are words by number, not those of its tokenizer
-        from benchmarks.support.opt_shape import words
-
-        ids = words(directory.config["vocab_size"])[: text.train.size * 2]
+        ids = synthetic_opt.words(directory.config["vocab_size"])[: text.train.size * 2]
         halves = ids.reshape(2, -1, text.length)
         text = text_module.CalibrationText(
             text.source, text.sha256, halves[0], text.validation, halves[1]
@@ -171,7 +167,7 @@ def measure(
         "reordered": (learned, gap),
     }
     readers = {gap: RowReader(file, gap_bytes=gap, engine=engine) for gap in {0, gap}}
-    common.warm([file.path])
+    warm([file.path])
     found = []
     for share in SHARES:
         wanted = [
@@ -215,7 +211,7 @@ def cost(engine: str | None, turns: int = 7) -> dict[str, float]:
     memory = SlotMemory(layout, COST_ROWS * 8)
     reader = RowReader(file, gap_bytes=0, engine=engine)
     random = np.random.default_rng(0)
-    common.warm([file.path])
+    warm([file.path])
     points: list[tuple[float, float]] = []
     for each in (1, 2, 3, 4, 6, 8):
         spent = []
@@ -248,7 +244,7 @@ def main() -> None:
     parser.add_argument("--traces", action="store_true", help="only make models and traces")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    results: dict = {"machine": common.machine(), "date": date.today().isoformat()}
+    results: dict = {"machine": machine_name(), "date": date.today().isoformat()}
     print(f"{results['machine']}, {results['date']}", flush=True)
     if options.cost:
         results["cost"] = cost(options.engine)

@@ -45,7 +45,7 @@ from .memory_requirements import MLX_CACHE, foreign_errors, memory_requirements,
 from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
 
-# Whether to read ahead by default: see benchmarks/sparse_speed.py and benchmarks/mixture.py.
+# Whether to read ahead by default: see benchmarks/speed/sparse_speed.py, benchmarks/mixture.
 LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
 
 

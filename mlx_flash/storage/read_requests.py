@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 # What a request takes besides its bytes, and how fast bytes come, many at a time; of the Linux disk
-# measured, 10.0 us and 1.62 GB/s (benchmarks/row_order.py --cost), made to join across 16 KiB.
+# measured, 10.0 us and 1.62 GB/s (benchmarks/storage/row_order.py), made to join across 16 KiB.
 REQUEST_SECONDS, BYTES_PER_SECOND = 10e-6, 1.64e9
 
 SCATTER_ROWS = 8  # a request of more rows is staged: a request of many pieces is a slow one

@@ -9,8 +9,8 @@ How often a neuron fires is drawn from a log-normal distribution (a few fire for
 for few) and set by its bias: the model is run over the novel's beginning while it is made, layer
 by layer, and each bias put where the neuron's inputs there call for it.
 
-    python benchmarks/opt_shape.py --model benchmarks/out/opt-6.7b-shape     # 27 GB while at it
-    python benchmarks/opt_shape.py --model OUT --small                       # 0.1 GB
+    python -m benchmarks.support.synthetic_opt                        # 27 GB of disk meanwhile
+    python -m benchmarks.support.synthetic_opt --model OUT --small    # 0.1 GB
 
 Knows: how the model is made. Does not know: how it is run (``staircase``).
 """
@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
-import statistics
-import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -31,18 +28,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.support.common import OUT
+from benchmarks.support.firing import frequencies, low_rank, normal_quantiles, novel
+from benchmarks.support.from_tests import write_tokenizer
+from benchmarks.support.machine import OUT
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "mlx_flash" / "data" / "persuasion.txt"
 SEQUENCES, LENGTH = 6, 48  # of the novel's words, to set the biases by
 ACTIVE, PREDICTED = 0.03, 0.10  # of the rows, on average
 SPREAD = 2.5  # standard deviation of log(how often a neuron fires)
-MOST = 0.95  # of the words, for the busiest neuron
 # Standard deviations of what attention's weights and an FFN add, against an embedding of 1: what
 # they add, neighbours share, so the less it is, the more rows are fresh. Set, with ``SPREAD``, so
 # that at the paper's window the share of fresh rows is near the paper's 2.4 %.
@@ -67,20 +63,7 @@ SMALL = Shape(1024, 4096, 8, 8, 8000, 2048, 64)
 
 def words(vocab: int) -> np.ndarray:
     """The novel as token numbers: every word, and every mark, by a hash of its letters."""
-    found = re.findall(r"\w+|[^\w\s]", TEXT.read_text().lower())
-    return np.array([zlib.crc32(word.encode()) % vocab for word in found], np.int32)
-
-
-def frequencies(random: np.random.Generator, rows: int) -> np.ndarray:
-    """How often each neuron is to fire: log-normal, ``ACTIVE`` on average."""
-    shape = np.exp(SPREAD * random.standard_normal(rows))
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if np.minimum(MOST, middle * shape).mean() < ACTIVE else (low, middle)
-        )
-    return np.maximum(np.minimum(MOST, low * shape), 1e-6)
+    return np.array([zlib.crc32(word.encode()) % vocab for word in novel()], np.int32)
 
 
 def norm(x: np.ndarray) -> np.ndarray:
@@ -110,8 +93,6 @@ class Maker:
         self.predictors: list[LayerPredictor] = []
         self.where: dict[str, str] = {}
         self.figures: list[dict[str, float]] = []
-        quantile = np.vectorize(statistics.NormalDist().inv_cdf)
-        self._quantile = lambda p: quantile(p).astype(np.float32)
 
     def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
         return self.random.standard_normal(shape, np.float32) * np.float32(scale)
@@ -151,8 +132,8 @@ class Maker:
         first = self.normal(shape.rank, d, scale=d**-0.5)
         second = self.normal(shape.rows, shape.rank, scale=shape.rank**-0.5)
         inputs = (seen @ first.T) @ second.T
-        often = frequencies(self.random, shape.rows)
-        bias = -(inputs.mean(axis=0) + inputs.std(axis=0) * self._quantile(1 - often))
+        often = frequencies(self.random, shape.rows, ACTIVE, SPREAD)
+        bias = -(inputs.mean(axis=0) + inputs.std(axis=0) * normal_quantiles(1 - often))
         inputs += bias
         fires = np.maximum(inputs, 0)
         down = self.normal(d, shape.rows)
@@ -189,16 +170,7 @@ class Maker:
             name: mx.array(value.astype(np.float16))
             for name, value in (("first", first), ("second", second), ("bias", bias))
         }
-        mx.eval(tensors)
-        named = inputs >= margin
-        demand = {}
-        for count in (1, 2, 4, 8):
-            spans = np.lib.stride_tricks.sliding_window_view(named, count, axis=0)
-            demand[str(count)] = float(spans[::count].any(axis=-1).sum(axis=1).mean())
-        threshold = 1 / (1 + np.exp(-margin))
-        self.predictors.append(
-            LayerPredictor("low-rank", float(threshold), tensors=tensors, demand=demand)
-        )
+        self.predictors.append(low_rank(tensors, inputs >= margin, margin))
 
 
 def write_checkpoint(path: Path, shape: Shape, seed: int) -> Maker:
@@ -228,9 +200,6 @@ def write_checkpoint(path: Path, shape: Shape, seed: int) -> Maker:
         "layer_norm_elementwise_affine": True, "tie_word_embeddings": True,
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.tiny import write_tokenizer
-
     write_tokenizer(path, 300)
     return maker
 

@@ -17,8 +17,8 @@ Programs that compute SwiGLU whatever the config says (mlx-lm, llama.cpp, nunspa
 second one. All matrices have the same sizes, and a dense program's time does not depend on the
 activation, so speeds may be compared across the two.
 
-    python benchmarks/relu_llama.py --out benchmarks/out/llama-1.1b            # 2.2 GB
-    python benchmarks/relu_llama.py --out benchmarks/out/llama-small --small   # 0.1 GB
+    python -m benchmarks.support.synthetic_llama                      # 2.2 GB
+    python -m benchmarks.support.synthetic_llama --out OUT --small    # 0.1 GB
 
 Knows: how checkpoints, model directories and GGUF files are made. Does not know: who runs them.
 """
@@ -28,9 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +36,17 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.support.common import OUT
+from benchmarks.support.firing import frequencies, low_rank, normal_quantiles, novel
+from benchmarks.support.from_tests import write_tokenizer
+from benchmarks.support.machine import OUT
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 
-ROOT = Path(__file__).parents[2]
-TEXT = ROOT / "mlx_flash" / "data" / "persuasion.txt"
 PROMPT, LENGTH = 16, 320  # tokens; prompt and continuation together
 FIRST_ID = 600  # tokens before that are letters, marks and merges
-SPREAD, MOST = 2.0, 0.95  # log-normal: standard deviation; rate of the busiest neuron
+SPREAD = 2.0  # standard deviation of log(how often a neuron fires)
 COMMON = 1.0  # size of the direction that all embeddings share, against the rest
 ATTENTION_SCALE, FFN_SCALE = 0.4, 0.25  # what a block adds, against an embedding of 1
 VARIANTS = ("relu", "silu")
@@ -71,17 +68,6 @@ class Shape:
 
 
 SMALL = Shape(512, 1408, 8, 8, 2, 32000, 64)
-
-
-def frequencies(random: np.random.Generator, rows: int, active: float) -> np.ndarray:
-    """How often each neuron is to fire: log-normal, ``active`` on average."""
-    shape = np.exp(SPREAD * random.standard_normal(rows))
-    low, high = 0.0, 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        less = np.minimum(MOST, middle * shape).mean() < active
-        low, high = (middle, high) if less else (low, middle)
-    return np.clip(low * shape, 1e-6, MOST)
 
 
 def norm(x: np.ndarray) -> np.ndarray:
@@ -125,8 +111,6 @@ class Maker:
         self.figures: list[dict[str, float]] = []
         u = self.random.standard_normal(shape.hidden).astype(np.float32)
         self.common = u / np.linalg.norm(u)
-        quantile = np.vectorize(statistics.NormalDist().inv_cdf)
-        self._quantile = lambda p: quantile(p).astype(np.float32)
         self.tokens = FIRST_ID + self.random.permutation(shape.vocab - FIRST_ID)[: LENGTH + 1]
 
     def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
@@ -150,7 +134,7 @@ class Maker:
         """Writes them; returns the text's hidden states."""
         shape = self.shape
         table = self.normal(shape.vocab, shape.hidden)
-        found = re.findall(r"\w+|[^\w\s]", TEXT.read_text().lower())[: LENGTH + 1]
+        found = novel()[: LENGTH + 1]
         of_word = {word: self.normal(shape.hidden) for word in dict.fromkeys(found)}
         for token, word in zip(self.tokens, found, strict=True):
             table[token] = 0.95 * of_word[word] + 0.3 * table[token]
@@ -175,8 +159,8 @@ class Maker:
         second[:, -1] = 0
         lean = (seen @ self.common).mean()
         inputs = (seen @ first.T) @ second.T
-        often = frequencies(self.random, shape.rows, shape.active)
-        wanted = -(inputs.mean(axis=0) + inputs.std(axis=0) * self._quantile(1 - often))
+        often = frequencies(self.random, shape.rows, shape.active, SPREAD)
+        wanted = -(inputs.mean(axis=0) + inputs.std(axis=0) * normal_quantiles(1 - often))
         second[:, -1] = wanted / lean
         inputs = (seen @ first.T) @ second.T
         margin = float(np.quantile(inputs, 1 - shape.predicted))
@@ -202,16 +186,8 @@ class Maker:
     ) -> None:
         tensors = {"first": mx.array(first), "second": mx.array(second)}
         tensors = {name: tensor.astype(mx.bfloat16) for name, tensor in tensors.items()}
-        mx.eval(tensors)
         named = inputs >= margin
-        demand = {}
-        for count in (1, 2, 4, 8):
-            spans = np.lib.stride_tricks.sliding_window_view(named, count, axis=0)
-            demand[str(count)] = float(spans[::count].any(axis=-1).sum(axis=1).mean())
-        threshold = float(1 / (1 + np.exp(-margin)))
-        self.predictors.append(
-            LayerPredictor("low-rank", threshold, tensors=tensors, demand=demand)
-        )
+        self.predictors.append(low_rank(tensors, named, margin))
         fires = inputs > 0
         self.figures.append({"active": float(fires.mean()), "predicted": float(named.mean())})
 
@@ -258,9 +234,6 @@ def write_checkpoints(out: Path, shape: Shape, seed: int = 0) -> Maker:
         f"{shape.layers} layers: {active:.3f} of the rows fire, {predicted:.3f} are predicted; "
         f"{time.perf_counter() - began:.0f} s"
     )
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.tiny import write_tokenizer
-
     for variant in VARIANTS:
         maker.head(variant, start, states[variant])
         path = out / variant
@@ -294,7 +267,7 @@ def make(out: Path, shape: Shape) -> Path:
         # MLX's CPU back end computes bfloat16 twice as fast as float16.
         convert(str(out / variant), out / f"{variant}-rows", dtype="bfloat16")
     directory = ModelDirectory(out / "relu-rows")
-    measured = {"made": "benchmarks/relu_llama.py", "layers": maker.figures}
+    measured = {"made": "benchmarks/support/synthetic_llama.py", "layers": maker.figures}
     predictor_file.write(
         directory.path / predictor_file.NAME,
         Predictors("low-rank", directory.rows.fingerprint, maker.predictors, measured),
