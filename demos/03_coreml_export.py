@@ -59,24 +59,16 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     out = OUT / f"smollm2-coreml-{args.quant}"
     shutil.rmtree(out, ignore_errors=True)
-    run(
-        "coreml_export",
-        str(smollm2_gguf()),
-        "-o",
-        str(out),
-        "--quant",
-        args.quant,
-        "--context",
-        "256",
-    )
+    model = str(smollm2_gguf())
+    run("coreml_export", model, "-o", str(out), "--quant", args.quant, "--context", "256")
     print((out / "parity.md").read_text())
 
     words = tokenizer.load(out / "tokenizer")
     prompt = words.encode(PROMPT).ids
     runner = dense_runner(out, manifest.read(out))
-    model = Source(smollm2_gguf()).reference()
+    reference = Source(model).reference()
     ours = taken("package", package_greedy(runner, prompt))
-    theirs = taken("MLX", mlx_greedy(model, prompt))
+    theirs = taken("MLX", mlx_greedy(reference, prompt))
     print("package:", words.decode(ours))
     print("MLX:    ", words.decode(theirs))
     at = next((i for i in range(TOKENS) if ours[i] != theirs[i]), TOKENS)
