@@ -68,7 +68,7 @@ CANDIDATES: dict[str, Callable[[int], Policy]] = {
 PASSING = ("lru (window without end)", "lfu 32", "lfu 128", "lrfu, 0.3 of 4 + 128")
 
 
-class LRU2:
+class LRU2(Policy):
     """The row whose use before the last is longest ago leaves first (LRU-K with K = 2)."""
 
     def __init__(self, rows: int) -> None:
@@ -80,14 +80,11 @@ class LRU2:
         self._before[rows] = self._last[rows]
         self._last[rows] = self._step
 
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros(rows.shape, bool)
-
     def rank(self, rows: np.ndarray) -> np.ndarray:
         return self._before[rows] + self._last[rows] / (self._step + 1)  # the last use breaks ties
 
 
-class LRFU:
+class LRFU(Policy):
     """Counts with several half-lives, weighted, as uses per step: recency and frequency."""
 
     def __init__(self, rows: int, weights: dict[float, float]) -> None:
@@ -96,9 +93,6 @@ class LRFU:
     def used(self, rows: np.ndarray) -> None:
         for count, _ in self._counts:
             count.used(rows)
-
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros(rows.shape, bool)
 
     def rank(self, rows: np.ndarray) -> np.ndarray:
         return sum(scale * count.rank(rows) for count, scale in self._counts)

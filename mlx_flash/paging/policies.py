@@ -1,8 +1,9 @@
 """Which cached rows leave: the paper's sliding window, LRU, LFU with ageing, and the optimum.
 
-One interface, so that a cache and a benchmark take any of them. ``Belady`` knows the whole trace
-beforehand; it is the yardstick that no policy can beat (L. A. Belady, IBM Systems Journal 5(2),
-1966), not something to run a model with.
+To add a policy, write a class that derives from ``Policy`` and enter it in ``POLICIES``: the
+command line, ``load``, the forecasts and the tests of all policies find it there. ``Belady`` is
+not entered: it knows the whole trace beforehand. It is the yardstick that no policy can beat (L. A.
+Belady, IBM Systems Journal 5(2), 1966).
 
 Knows: row numbers, steps. Does not know: slots, files, MLX. numpy only.
 """
@@ -10,33 +11,44 @@ Knows: row numbers, steps. Does not know: slots, files, MLX. numpy only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_flash.errors import CacheError
 
 DEFAULT_WINDOW = 4  # tokens, as in the paper
-HALF_LIFE = 128.0  # steps; did best on traces of trained models (benchmarks/policies.py)
+HALF_LIFE = 128.0  # steps; did best on trained models (benchmarks/storage/policies.py)
 
 
 class Policy(Protocol):
     """Which cached rows leave. Rows are int arrays; a step is one call of ``used``.
 
-    Active rows never leave, whatever a policy says of them.
+    What a policy answers depends on what was used, not on what is in slots. Active rows never
+    leave, whatever a policy says of them.
+
+    Attributes:
+        is_window: rows leave when they are ``expired``, even where there is room, so the slots
+            hold the rows of the last steps and no others. Of any other policy ``expired`` is not
+            asked. Slots under a window are computed from as a whole, without gathering (see
+            ``Prefix``), and nothing is prefetched into them.
     """
+
+    is_window: bool = False
 
     def used(self, rows: np.ndarray) -> None:
         """These rows are active in the step that begins now."""
 
     def expired(self, rows: np.ndarray) -> np.ndarray:
         """Of cached rows, a bool mask of those that leave even where there is room."""
+        return np.zeros(rows.shape, bool)
 
     def rank(self, rows: np.ndarray) -> np.ndarray:
         """Of any rows, a number each: the smallest leave first where room is needed."""
 
 
-class LRU:
+class LRU(Policy):
     """The longest unused leave first, and only where room is needed."""
 
     def __init__(self, rows: int) -> None:
@@ -46,9 +58,6 @@ class LRU:
     def used(self, rows: np.ndarray) -> None:
         self._step += 1
         self._last[rows] = self._step
-
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros(rows.shape, bool)
 
     def rank(self, rows: np.ndarray) -> np.ndarray:
         return self._last[rows]
@@ -60,6 +69,8 @@ class SlidingWindow(LRU):
     LLM in a flash, section 3.1.
     """
 
+    is_window = True
+
     def __init__(self, rows: int, window: int = DEFAULT_WINDOW) -> None:
         if window < 1:
             raise CacheError(f"a window is at least one token, got {window}")
@@ -70,7 +81,7 @@ class SlidingWindow(LRU):
         return self._last[rows] <= self._step - self.window
 
 
-class LFU:
+class LFU(Policy):
     """The least used leave first; a use counts half after ``half_life`` steps.
 
     A row's count outlives its stay in the cache.
@@ -79,6 +90,7 @@ class LFU:
     def __init__(self, rows: int, half_life: float = HALF_LIFE) -> None:
         if not half_life > 0:
             raise CacheError(f"a half-life is more than 0 steps, got {half_life}")
+        self.half_life = half_life
         self._step = 0
         self._rate = np.log(2) / half_life
         self._count = np.zeros(rows)
@@ -89,14 +101,11 @@ class LFU:
         self._count[rows] = 1 + self.rank(rows)
         self._last[rows] = self._step
 
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros(rows.shape, bool)
-
     def rank(self, rows: np.ndarray) -> np.ndarray:
         return self._count[rows] * np.exp(self._rate * (self._last[rows] - self._step))
 
 
-class Belady:
+class Belady(Policy):
     """The rows that are needed again last leave first; ``trace`` holds every step to come.
 
     The optimum where every active row takes a slot.
@@ -118,37 +127,55 @@ class Belady:
             raise CacheError(f"the trace has {self._steps} steps, this is one more")
         self._at[rows] += 1
 
-    def expired(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros(rows.shape, bool)
-
     def rank(self, rows: np.ndarray) -> np.ndarray:
         at = self._at[rows]
         return -np.where(at < self._stop[rows], self._uses[at], self._steps)
 
 
-POLICIES: dict[str, Callable[[int, int], Policy]] = {
-    "window": SlidingWindow,
-    "lru": lambda rows, window: LRU(rows),
-    "lfu": lambda rows, window: LFU(rows),
+@dataclass(frozen=True)
+class PolicyKind:
+    """An entry of ``POLICIES``.
+
+    Args:
+        make: rows of a layer, and the number of the spec where there is one -> policy.
+        number: text behind the colon of a spec -> the number; None where a policy takes none.
+    """
+
+    make: Callable[..., Policy]
+    number: Callable[[str], Any] | None = None
+
+
+POLICIES: dict[str, PolicyKind] = {
+    "window": PolicyKind(SlidingWindow, int),
+    "lru": PolicyKind(LRU),
+    "lfu": PolicyKind(LFU, float),
 }
-DEFAULT_POLICY = "lfu"  # the most hits in benchmarks/policies.py
+DEFAULT_POLICY = "lfu"  # the most hits in benchmarks/storage/policies.py
 
 
 def make_policy(spec: str, rows: int) -> Policy:
-    """A policy for a layer of so many rows.
+    """A policy for a layer of ``rows`` rows.
 
     Args:
-        spec: its name, and for "window" the number of tokens if another than the paper's:
-            "lfu", "lru", "window", "window:8".
+        spec: a name of ``POLICIES``, with a colon and a number where the policy takes one:
+            "lru", "window:4" (tokens), "lfu:64" (half-life, steps). Without the number it has its
+            default.
 
     Raises:
-        CacheError: no such policy, or no such window.
+        CacheError: there is no such policy, or it cannot have that number.
     """
-    name, colon, value = spec.partition(":")
+    name, colon, text = spec.partition(":")
     if name not in POLICIES:
-        raise CacheError(f"policy {name!r}; expected one of {', '.join(POLICIES)}")
+        raise CacheError(f"policy {spec!r}; expected one of {', '.join(POLICIES)}")
+    kind = POLICIES[name]
     if not colon:
-        return POLICIES[name](rows, DEFAULT_WINDOW)
-    if name != "window" or not value.lstrip("-").isdecimal():
-        raise CacheError(f"policy {spec!r}; expected window:K with K tokens, such as window:4")
-    return POLICIES[name](rows, int(value))
+        return kind.make(rows)
+    if kind.number is None:
+        raise CacheError(f"policy {spec!r}: {name} takes no number; leave {colon + text!r} out")
+    try:
+        number = kind.number(text)
+    except ValueError as error:
+        raise CacheError(
+            f"policy {spec!r}: expected a number behind the colon, as in 'window:4', got {text!r}"
+        ) from error
+    return kind.make(rows, number)

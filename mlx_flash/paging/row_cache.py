@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_flash.storage.reader import RowReader
 
-from .policies import Policy, SlidingWindow
+from .policies import Policy
 from .slot_memory import SlotMemory
 from .slot_table import SlotTable, Update
 
@@ -34,8 +34,7 @@ class RowCache:
         reader: reads the rows.
         layer: number of the layer in the row file.
         capacity: slots.
-        policy: which rows leave; a ``SlidingWindow`` unless given otherwise.
-        window: tokens that the default policy keeps rows for.
+        policy: which rows leave.
         parts: of a row, those to keep; None for all.
         exact: see ``SlotMemory``.
     """
@@ -45,9 +44,8 @@ class RowCache:
         reader: RowReader,
         layer: int,
         capacity: int,
+        policy: Policy,
         *,
-        window: int = 4,
-        policy: Policy | None = None,
         parts: Sequence[str] | None = None,
         exact: bool = False,
     ) -> None:
@@ -56,7 +54,7 @@ class RowCache:
         self.table = SlotTable(rows, min(capacity, rows))
         layout = reader.file.layers[layer].layout
         self.memory = SlotMemory(layout, self.table.capacity, parts=parts, exact=exact)
-        self.policy = policy or SlidingWindow(rows, window)
+        self.policy = policy
         self.hits = 0
         self.misses = 0
         self.wait_seconds = 0.0
@@ -122,7 +120,7 @@ class RowCache:
         They take slots as active rows do; those that are never asked for leave as any other. A
         window has room for the rows of the last tokens only: nothing is read ahead there.
         """
-        if self.is_window:
+        if self.policy.is_window:
             return
         self.table.check(rows)
         rows = rows[: self.table.capacity]
@@ -231,11 +229,6 @@ class RowCache:
             self._reader.drop(self._stale)  # nothing is written any more
             self._stale.clear()
             raise
-
-    @property
-    def is_window(self) -> bool:
-        """Whether the slots hold the rows of the last tokens and no others."""
-        return isinstance(self.policy, SlidingWindow)
 
     def retain_until_evaluated(self, *arrays: mx.array) -> None:
         """Say which lazy arrays still read the slots."""

@@ -102,7 +102,9 @@ class SlotTable:
         cached = self.row_in[: self.num_used]
         needed = self.slot_of[active]
         needed = needed[needed >= 0]
-        leaving = np.array(policy.expired(cached), bool)
+        leaving = np.zeros(cached.size, bool)
+        if policy.is_window:
+            leaving |= policy.expired(cached)
         leaving[needed] = False
         lacking = wanted - (self.capacity - self.num_used) - int(leaving.sum())
         if lacking > 0:

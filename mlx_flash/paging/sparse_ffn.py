@@ -82,7 +82,7 @@ class SparseMLP(nn.Module):
         self._cache = cache
         # LLM in a flash, section 3.3: over all that is in slots, without a copy. A row that was not
         # predicted and fires all the same is simply right.
-        self._on_prefix = not predictor.exact and not predictor.provides and cache.is_window
+        self._on_prefix = not predictor.exact and not predictor.provides and cache.policy.is_window
         # Where nothing is exact anyway: rows may come in the order in which they are foretold.
         self.in_any_order = not (predictor.exact or predictor.provides or self._on_prefix)
         self._stream = stream

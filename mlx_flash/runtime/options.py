@@ -57,13 +57,13 @@ class PagingOptions:
             )
         if self.context is not None and self.context < 1:
             raise BudgetError(f"a context is at least one token, got {self.context}")
-        make_policy(self.policy, 1)
+        policy = make_policy(self.policy, 1)
         if self.kept_share is not None and not 0 <= self.kept_share <= 1:
             raise BudgetError(f"kept_share is a share from 0 to 1, got {self.kept_share}")
         if self.cache_share is not None and not 0 < self.cache_share <= 1:
             raise BudgetError(f"cache_share is a share above 0, at most 1, got {self.cache_share}")
         self._check_shares()
-        if self.lookahead and self.policy_name == "window":
+        if self.lookahead and policy.is_window:
             raise CacheError(
                 f"lookahead needs room in the cache that policy {self.policy!r} does not give; "
                 "leave one of them out"
@@ -84,7 +84,8 @@ class PagingOptions:
     @property
     def window(self) -> int:
         """Tokens that the policy "window" keeps rows for, whichever policy is chosen."""
-        return int(self.policy.partition(":")[2] or DEFAULT_WINDOW)
+        _, _, number = self.policy.partition(":")
+        return int(number) if number and self.policy_name == "window" else DEFAULT_WINDOW
 
     def replace(self, **changes: Any) -> PagingOptions:
         """A copy with other values, checked anew."""

@@ -16,10 +16,7 @@ from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
 from mlx_flash.paging.layer_stream import LayerStream
-from mlx_flash.paging.policies import (
-    Policy,
-    SlidingWindow,
-)
+from mlx_flash.paging.policies import Policy
 from mlx_flash.paging.row_cache import RowCache
 from mlx_flash.paging.row_stream import RowStream
 from mlx_flash.paging.sparse_ffn import SparseStats
@@ -65,9 +62,9 @@ class PagedModel:
         directory: ModelDirectory,
         plan: Plan,
         reader: RowReader,
-        selection: Selection | None = None,
-        policies: Callable[[int], Policy] = SlidingWindow,
-        lookahead: bool = False,
+        selection: Selection | None,
+        policies: Callable[[int], Policy],
+        lookahead: bool,
     ) -> None:
         self.directory = directory
         self.plan = plan

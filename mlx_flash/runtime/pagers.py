@@ -170,7 +170,7 @@ class NeuronPager(_Pager):
                 path, module = self.found[i]
                 predictor = self.selection.build(reader, i, module, ffn)
                 policy = self._policies(layers[i].rows)
-                cache = RowCache(reader, i, slots, policy=policy, parts=parts)
+                cache = RowCache(reader, i, slots, policy, parts=parts)
                 mlp = SparseMLP(module, ffn, predictor, cache, self.rows, self.stats, scheme)
                 if self._lookahead and before and before.layer == i - 1 and mlp.in_any_order:
                     before.foresee(Foresight(predictor, cache, self.rows))
@@ -258,7 +258,7 @@ class ExpertPager(_Pager):
         for i, slots in self.plan.slots.items():
             path, module = self.found[i]
             policy = self._policies(layers[i].rows)
-            self.caches[i] = RowCache(self.reader, i, slots, policy=policy, exact=True)
+            self.caches[i] = RowCache(self.reader, i, slots, policy, exact=True)
             switch = FlashSwitch(module, self.caches[i], self.rows, self.stats)
             if before and before[0] == i - 1 and self._lookahead:
                 before[1].ahead(self._ahead(i))

@@ -32,7 +32,7 @@ from mlx_flash.errors import BudgetError, CalibrationError, DamagedError, Predic
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
-from mlx_flash.paging.policies import LFU, LRU, Belady, SlidingWindow
+from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.memory_plan import PagingRequirements, sparse_plan_of
@@ -47,11 +47,12 @@ UNEVEN = 1  # the layer whose router knows few experts
 WORDS = "the brown fox and the other hound ran over the hill in the morning. "
 
 
-class Ordered:
+class Ordered(Policy):
     """A policy whose ties fall by row number, so that two simulations may be compared."""
 
     def __init__(self, policy):
         self._policy = policy
+        self.is_window = policy.is_window
         self.used, self.expired = policy.used, policy.expired
 
     def rank(self, rows):

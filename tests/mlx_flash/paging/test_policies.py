@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
+from support.tiny import make_checkpoint
+from support.trained import greedy
 
+from mlx_flash import cli
+from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import CacheError
-from mlx_flash.paging.policies import LFU, LRU, POLICIES, Belady, SlidingWindow, make_policy
+from mlx_flash.paging.policies import (
+    LFU,
+    LRU,
+    POLICIES,
+    Belady,
+    Policy,
+    PolicyKind,
+    SlidingWindow,
+    make_policy,
+)
 from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.runtime.load import load
 
 ROWS = 60
 
@@ -90,13 +105,74 @@ def test_lfu_forgets():
 
 
 @pytest.mark.parametrize("half_life", [0, -1, float("nan")])
-def test_half_lives_that_make_no_sense(half_life):
+def test_half_lives_that_are_not_above_zero(half_life):
     with pytest.raises(CacheError, match="half-life"):
         LFU(3, half_life)
 
 
-def test_names():
-    assert isinstance(make_policy("window:7", 5), SlidingWindow)
-    assert make_policy("window:7", 5).window == 7
-    with pytest.raises(CacheError, match="'fifo'; expected one of window, lru, lfu"):
-        make_policy("fifo", 5)
+def test_specs():
+    window, endless = make_policy("window:7", 5), make_policy("lfu:0.5", 5)
+    assert isinstance(window, SlidingWindow) and window.window == 7
+    assert make_policy("window", 5).window == 4
+    assert isinstance(endless, LFU) and endless.half_life == 0.5
+    assert [name for name in POLICIES if make_policy(name, 5).is_window] == ["window"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("fifo", "'fifo'; expected one of window, lru, lfu"),
+        ("", "''; expected one of window, lru, lfu"),
+        ("window:0", "a window is at least one token, got 0"),
+        ("window:", "'window:': expected a number behind the colon, as in 'window:4', got ''"),
+        ("window:2.5", "expected a number behind the colon"),
+        ("lru:4", "'lru:4': lru takes no number; leave ':4' out"),
+        ("lfu:nan", "half-life"),
+    ],
+)
+def test_specs_that_are_refused(spec, said):
+    with pytest.raises(CacheError, match=re.escape(said)):
+        make_policy(spec, 5)
+
+
+class MostRecent(Policy):
+    """The latest used leave first."""
+
+    def __init__(self, rows, delay=0):
+        self._last, self._step = np.zeros(rows), delay
+
+    def used(self, rows):
+        self._step += 1
+        self._last[rows] = self._step
+
+    def rank(self, rows):
+        return -self._last[rows]
+
+
+def test_a_new_policy_is_one_entry(monkeypatch, tmp_path):
+    """Once it is in the table, everything that takes a policy by name takes it."""
+    monkeypatch.setitem(POLICIES, "most-recent", PolicyKind(MostRecent, int))
+    table, policy = SlotTable(9, 2), make_policy("most-recent:3", 9)
+    for rows in ([1], [2], [3], [4]):
+        table.update(np.array(rows), policy)
+    assert sorted(table.row_in.tolist()) == [1, 4], "without a window nothing expires"
+    source = make_checkpoint(tmp_path / "hf", "llama", "float32", hidden_act="relu")
+    path = convert(source, tmp_path / "flash")
+    model, _ = load(path, cache_share=0.2, policy="most-recent")
+    expected, _ = load(path, use_flash=False)
+    assert greedy(model, [5, 6, 7], 8) == greedy(expected, [5, 6, 7], 8)
+    assert isinstance(model.flash.caches[0].policy, MostRecent)
+    with pytest.raises(SystemExit) as info:
+        cli.main(["plan", "--model", str(path), "--policy", "newest"])
+    assert info.value.code == 2
+
+
+def test_rows_do_not_expire_without_a_window():
+    class Wrong(LRU):
+        def expired(self, rows):
+            return np.ones(rows.shape, bool)
+
+    table, policy = SlotTable(9, 3), Wrong(9)
+    for rows in ([1], [2], [3]):
+        table.update(np.array(rows), policy)
+    assert sorted(table.row_in.tolist()) == [1, 2, 3]

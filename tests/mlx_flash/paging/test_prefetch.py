@@ -39,8 +39,7 @@ def opened(tmp_path) -> Iterator[tuple[RowReader, list[np.ndarray]]]:
 
 
 def caches(reader: RowReader) -> list[RowCache]:
-    policy = make_policy
-    return [RowCache(reader, i, SLOTS, policy=policy("lfu", ROWS)) for i in range(2)]
+    return [RowCache(reader, i, SLOTS, make_policy("lfu", ROWS)) for i in range(2)]
 
 
 def assert_rows(order: np.ndarray, arrays: dict[str, mx.array], block: np.ndarray) -> None:

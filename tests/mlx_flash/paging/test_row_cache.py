@@ -231,11 +231,12 @@ def test_capacity_of_one():
     assert table.row_in.tolist() == [9]
 
 
-class Stubborn:
+class Stubborn(Policy):
     """Says of every row that it must stay, or that it may go, however active it is."""
 
     def __init__(self, rank: float, leave: bool) -> None:
         self._rank, self._leave = rank, leave
+        self.is_window = leave
 
     def used(self, rows: np.ndarray) -> None:
         pass
@@ -437,7 +438,7 @@ def test_scattering_is_tested_both_ways():
 def test_the_used_prefix_is_the_rows(opened):
     reader, dense = opened
     rng = np.random.default_rng(0)
-    cache = RowCache(reader, 1, 15, window=3)
+    cache = RowCache(reader, 1, 15, SlidingWindow(ROWS, 3))
     hits = misses = moves = 0
     for active in active_sets(rng, ROWS, 15, 200):
         there = np.isin(active, cache.rows()).sum()
@@ -457,7 +458,7 @@ def test_the_used_prefix_is_the_rows(opened):
 
 def test_rows_are_a_copy(opened):
     reader, dense = opened
-    cache = RowCache(reader, 1, 15)
+    cache = RowCache(reader, 1, 15, SlidingWindow(ROWS))
     cache.fetch(rows_of(1, 2, 3))
     cache.rows()[:] = 0
     assert_slots_hold(cache, dense)
@@ -468,7 +469,7 @@ def test_a_relu_ffn_over_the_prefix_is_the_dense_one(opened, layout):
     reader, dense = opened
     dtype, width = layout.parts[0].dtype, layout.parts[0].width
     rng = np.random.default_rng(1)
-    cache = RowCache(reader, 1, ROWS - 6, window=3)
+    cache = RowCache(reader, 1, ROWS - 6, SlidingWindow(ROWS, 3))
     up, down = (mx.array(dense[name]).astype(DTYPES[dtype]) for name in ("up", "down"))
     extra = 0
     x = rng.standard_normal((1, width)).astype(np.float32)
@@ -496,7 +497,7 @@ def test_what_was_built_is_evaluated_before_slots_change(opened):
     """Lazy results of many steps keep their values, whether slots are overwritten or moved."""
     reader, dense = opened
     rng = np.random.default_rng(2)
-    cache = RowCache(reader, 1, 8, window=2)
+    cache = RowCache(reader, 1, 8, SlidingWindow(ROWS, 2))
     built = []
     for active in active_sets(rng, ROWS, 8, 120):
         cache.fetch(active)
@@ -510,7 +511,7 @@ def test_what_was_built_is_evaluated_before_slots_change(opened):
 
 def test_moved_slots_alone_evaluate_what_was_built(opened):
     reader, dense = opened
-    cache = RowCache(reader, 1, 8, window=1)
+    cache = RowCache(reader, 1, 8, SlidingWindow(ROWS, 1))
     cache.fetch(rows_of(1, 2, 3, 4))
     y = cache.part("up") * 2
     cache.retain_until_evaluated(y)
@@ -523,7 +524,7 @@ def test_moved_slots_alone_evaluate_what_was_built(opened):
 
 def test_hits_alone_evaluate_nothing_and_keep_little(opened, monkeypatch):
     reader, _ = opened
-    cache = RowCache(reader, 1, 8)
+    cache = RowCache(reader, 1, 8, SlidingWindow(ROWS))
     evaluated = []
     monkeypatch.setattr(module.mx, "eval", lambda arrays: evaluated.append(len(arrays)))
     cache.fetch(rows_of(1, 2, 3))
@@ -545,7 +546,7 @@ def fail(_fd: int, _buffers: list[memoryview], _offset: int) -> int:
 
 def test_a_failed_read_leaves_an_empty_cache(opened, monkeypatch):
     reader, dense = opened
-    cache = RowCache(reader, 1, 8, window=3)
+    cache = RowCache(reader, 1, 8, SlidingWindow(ROWS, 3))
     cache.fetch(rows_of(1, 2, 3))
     lazy = cache.part("up") * 2
     cache.retain_until_evaluated(lazy)
@@ -568,7 +569,7 @@ def test_a_failed_read_leaves_an_empty_cache(opened, monkeypatch):
 
 def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     reader, dense = opened
-    cache = RowCache(reader, 1, 8)
+    cache = RowCache(reader, 1, 8, SlidingWindow(ROWS))
     cache.fetch(rows_of(1, 2, 3))
     bad = mx.zeros(1)
     cache.retain_until_evaluated(bad)
@@ -590,7 +591,7 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
 
 def test_what_is_there_can_be_used_while_the_rest_comes(opened, monkeypatch):
     reader, dense = opened
-    cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
+    cache = RowCache(reader, 1, 8, LFU(ROWS))
     cache.fetch(rows_of(1, 2, 3))
     submit, begun = reader.submit, []
     monkeypatch.setattr(reader, "submit", lambda *args: begun.append(args) or [])
@@ -611,7 +612,7 @@ def test_what_is_there_can_be_used_while_the_rest_comes(opened, monkeypatch):
 
 def test_failure_between_begin_and_finish_leaves_an_empty_cache(opened):
     reader, dense = opened
-    cache = RowCache(reader, 1, 8, policy=LFU(ROWS))
+    cache = RowCache(reader, 1, 8, LFU(ROWS))
     with pytest.raises(MemoryError), cache.invalidate_on_error():
         cache.begin(rows_of(1, 2))
         raise MemoryError
@@ -624,7 +625,7 @@ def test_failure_between_begin_and_finish_leaves_an_empty_cache(opened):
 def test_more_rows_than_slots(opened):
     """What is there stays, the others pass by."""
     reader, dense = opened
-    cache = RowCache(reader, 1, 4, window=2)
+    cache = RowCache(reader, 1, 4, SlidingWindow(ROWS, 2))
     cache.fetch(rows_of(1, 2, 3))
     assert cache.fetch(np.arange(6)).tolist() == [True, True, True, True, False, False]
     assert sorted(cache.rows().tolist()) == [0, 1, 2, 3]
@@ -652,12 +653,12 @@ def test_what_passes_by(seed):
 
 def test_small_and_large_capacity(opened):
     reader, dense = opened
-    one = RowCache(reader, 1, 1)
+    one = RowCache(reader, 1, 1, SlidingWindow(ROWS))
     for row in (5, 5, 0, 39):
         assert one.fetch(rows_of(row)).all()
         assert one.rows().tolist() == [row]
         assert_slots_hold(one, dense)
-    everything = RowCache(reader, 1, 10**9, window=10**9)
+    everything = RowCache(reader, 1, 10**9, SlidingWindow(ROWS, 10**9))
     assert everything.table.capacity == ROWS
     assert everything.fetch(np.arange(ROWS)).all()
     assert everything.table.num_used == ROWS
@@ -665,12 +666,12 @@ def test_small_and_large_capacity(opened):
     assert everything.fetch(rows_of()).size == 0
     assert everything.table.num_used == ROWS
     with pytest.raises(CacheError):
-        RowCache(reader, 1, 0)
+        RowCache(reader, 1, 0, SlidingWindow(ROWS))
 
 
 def test_a_policy_of_ones_own(opened):
     reader, dense = opened
-    cache = RowCache(reader, 1, 5, policy=Stubborn(0.0, leave=True))
+    cache = RowCache(reader, 1, 5, Stubborn(0.0, leave=True))
     for active in (rows_of(1, 2, 3), rows_of(3, 9)):
         cache.fetch(active)
         assert sorted(cache.rows().tolist()) == active.tolist()

@@ -27,8 +27,8 @@ FULL = PagingOptions(
         ({"use_flash": False, "kept_share": 0.5}, BudgetError, "so kept_share has no use"),
         ({"policy": "fifo"}, CacheError, "expected one of window, lru, lfu"),
         ({"policy": "window:0"}, CacheError, "at least one token"),
-        ({"policy": "window:x"}, CacheError, "'window:x'; expected window:K"),
-        ({"policy": "lru:3"}, CacheError, "'lru:3'; expected window:K"),
+        ({"policy": "window:x"}, CacheError, "'window:x': expected a number behind the colon"),
+        ({"policy": "lru:3"}, CacheError, "'lru:3': lru takes no number"),
         ({"policy": "window", "lookahead": True}, CacheError, "leave one of them out"),
     ],
 )
@@ -51,6 +51,7 @@ def test_a_copy_is_checked_too():
 def test_the_policy_and_its_window():
     assert (FULL.policy_name, FULL.window) == ("window", 8)
     assert (PagingOptions().policy_name, PagingOptions(policy="window").window) == ("lfu", 4)
+    assert PagingOptions(policy="lfu:64").window == 4, "another policy's number is no window"
     assert [policy_spec("lru"), policy_spec("window"), policy_spec("window", 8)] == [
         "lru", "window", "window:8",
     ]  # fmt: skip

@@ -421,7 +421,7 @@ def rows_of(*numbers: int) -> np.ndarray:
 def cache(gated):
     """(cache of three of the layer's nine rows, reader, gate, the layer's bytes)."""
     reader, gate, layers = gated
-    return RowCache(reader, 2, 3, policy=LRU(9), exact=True), reader, gate, layers[2]
+    return RowCache(reader, 2, 3, LRU(9), exact=True), reader, gate, layers[2]
 
 
 def assert_holds(cache, block):
@@ -529,7 +529,7 @@ def test_foretelling_nothing(cache):
 def test_a_window_is_not_read_ahead(gated):
     """A window holds what the last tokens used: nothing is foretold there, and nothing counted."""
     reader, _, _ = gated
-    cache = RowCache(reader, 2, 3, policy=SlidingWindow(9, 2), exact=True)
+    cache = RowCache(reader, 2, 3, SlidingWindow(9, 2), exact=True)
     cache.foretell(rows_of(1, 2))
     assert (cache.foretold, cache.table.num_used) == (0, 0)
     cache.fetch(rows_of(1))
