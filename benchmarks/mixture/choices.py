@@ -12,10 +12,9 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.support.machine import OUT
-from benchmarks.support.slot_hits import fetch
 from mlx_flash.paging.expert_switch import FlashSwitch
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
-from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.paging.simulate import miss_counts
 
 from .bench import Bench
 from .model import EXPERTS, TOP_K
@@ -66,12 +65,8 @@ def policies(bench: Bench) -> dict:
     ratios: dict = {"tokens, of them to warm up": [len(trace[0]), warm]}
 
     def hits(capacity: int, make: Callable[[list[np.ndarray]], Policy]) -> int:
-        total = 0
-        for layer in trace:
-            table, policy = SlotTable(EXPERTS, capacity), make(layer)
-            found = [int(fetch(table, policy, experts).sum()) for experts in layer]
-            total += sum(found[warm:])
-        return total
+        missed = [miss_counts(layer, EXPERTS, capacity, make(layer)) for layer in trace]
+        return uses - int(sum(counts[warm:].sum() for counts in missed))
 
     uses = sum(experts.size for layer in trace for experts in layer[warm:])
     for share in SHARES:

@@ -43,12 +43,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from benchmarks.support import fio
 from benchmarks.support.fio import BLOCK, STREAMS, read_through, warm
 from benchmarks.support.machine import OUT, machine_name
-from benchmarks.support.slot_hits import fetch
 from benchmarks.support.synthetic_opt import SMALL, Shape, make, words
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import make_policy
+from mlx_flash.paging.simulate import misses
 from mlx_flash.paging.slot_memory import SlotMemory
-from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.predictors.predictor import LowRank, Prediction, union
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions, policy_spec
@@ -131,14 +130,7 @@ def decode(directory: ModelDirectory, options: argparse.Namespace) -> tuple[Trac
 
 def missing(trace: Trace, rows: int, policy: str, capacity: int) -> Trace:
     """What has to be read when a policy keeps rows; what passes by is read each time."""
-    found: Trace = []
-    for layer in trace:
-        table, keeper = SlotTable(rows, capacity), make_policy(policy, rows)
-        reads = []
-        for active in layer:
-            reads.append(active[~fetch(table, keeper, active)])
-        found.append(reads)
-    return found
+    return [misses(layer, rows, capacity, make_policy(policy, rows)) for layer in trace]
 
 
 def unbundled(file: RowFile) -> RowFile:

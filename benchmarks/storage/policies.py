@@ -30,7 +30,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
 from benchmarks.support.machine import OUT, ROOT, machine_name
-from benchmarks.support.slot_hits import fetch
 from demos.smollm2 import smollm2_gguf
 from mlx_flash.calibration import probes
 from mlx_flash.calibration.text import DEFAULT as TEXT
@@ -38,7 +37,7 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
-from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.paging.simulate import miss_counts
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_plan import PagingRequirements
 from mlx_flash.runtime.options import PagingOptions
@@ -100,9 +99,8 @@ class LRFU(Policy):
 
 def taking_slots(rows: int, trace: Trace, capacity: int, policy: Policy) -> int:
     """Hits by the package's rule: every active row takes a slot while there are enough."""
-    table = SlotTable(rows, capacity)
-    hits = [int(fetch(table, policy, active).sum()) for active in trace]
-    return sum(hits[WARM:])
+    uses = sum(active.size for active in trace[WARM:])
+    return uses - int(miss_counts(trace, rows, capacity, policy)[WARM:].sum())
 
 
 def passing_by(rows: int, trace: Trace, capacity: int, policy: Policy) -> int:

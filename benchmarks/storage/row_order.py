@@ -40,6 +40,7 @@ from mlx_flash.calibration.reorder.reorder import wanted_bytes
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
+from mlx_flash.paging.simulate import misses
 from mlx_flash.paging.slot_memory import SlotMemory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import select
@@ -171,7 +172,12 @@ def measure(
     found = []
     for share in SHARES:
         wanted = [
-            ordering.misses(second, max(1, round(share * n)), make_policy(DEFAULT_POLICY, n))
+            misses(
+                map(np.flatnonzero, second),
+                n,
+                max(1, round(share * n)),
+                make_policy(DEFAULT_POLICY, n),
+            )
             for (_, second), n in zip(halves, counts, strict=True)
         ]
         first = round(WARM * len(wanted[0]))

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.paging.policies import make_policy
+from mlx_flash.paging.simulate import miss_counts
 from mlx_flash.runtime.memory_plan import Plan
 
-from . import row_trace
 from .disk_speed import DiskSpeed
 from .row_trace import RowUse
 
@@ -206,7 +206,7 @@ def _paged(
             stop = use.tokens if warm is None else min(use.tokens, warm + count)
             steps = use.steps(layer, range(stop))
             rule = make_policy(policy, use.rows[layer])
-            lacking = row_trace.misses(steps, use.rows[layer], slots, rule)[-count:]
+            lacking = miss_counts(steps, use.rows[layer], slots, rule)[-count:]
         else:
             raise ValueError("a plan with slots needs a trace of the rows that tokens need")
         read += float(np.mean([disk.time(n) for n in lacking]))

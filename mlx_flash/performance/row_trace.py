@@ -1,21 +1,18 @@
-"""Which rows each token of a text needs, and how many of them a cache of some size lacks.
+"""Which rows each token of a text needs.
 
 A trace is recorded once for a model; the misses under any number of slots and any policy are then
-counting: what ``SlotTable`` does under that policy, step by step, without reading.
+counted without the model, see ``paging.simulate``.
 
-Knows: row numbers, slots, policies. Does not know: how a trace is recorded, what reading takes.
+Knows: row numbers. Does not know: how a trace is recorded, slots, what reading takes.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_flash.paging.policies import Policy
-from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.paging.sparse_ffn import LONG_PROMPT, STREAM_SHARE
 
 
@@ -80,13 +77,3 @@ class RowUse:
         except Exception as error:  # zip's own, numpy's own
             raise ValueError(f"no trace: {error}") from error
         return cls(rows, active)
-
-
-def misses(steps: Sequence[np.ndarray], rows: int, slots: int, policy: Policy) -> np.ndarray:
-    """Rows that have to be read in each step, with so many slots that are empty at first."""
-    table = SlotTable(rows, min(slots, rows))
-    found = np.zeros(len(steps), np.int64)
-    for i, active in enumerate(steps):
-        found[i] = active.size - int((table.slot_of[active] >= 0).sum())
-        table.update(active[table.admit(active, policy)], policy, told=True)
-    return found

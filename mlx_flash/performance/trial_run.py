@@ -32,6 +32,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.models.quantized_rows import without
 from mlx_flash.paging.policies import make_policy
+from mlx_flash.paging.simulate import miss_counts
 from mlx_flash.paging.sparse_ffn import SparseMLP
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import Selection
@@ -46,7 +47,7 @@ from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
-from . import disk_speed, row_trace
+from . import disk_speed
 from .disk_speed import DiskSpeed
 from .forecast import Timing, TrialRun
 from .row_trace import RowUse
@@ -348,7 +349,7 @@ class _Trial:
                 steps += use.prompt(layer, range(prompt), plan.step, paged)
                 steps += use.steps(layer, range(prompt, stop))
             policy = make_policy(model.options.policy, use.rows[layer])
-            lacking = row_trace.misses(steps, use.rows[layer], slots, policy)[-counted:]
+            lacking = miss_counts(steps, use.rows[layer], slots, policy)[-counted:]
             seconds += float(np.mean([self.disk.time(n) for n in lacking]))
             nbytes += float(np.mean([self.disk.bytes_for(n) for n in lacking]))
         return seconds, nbytes

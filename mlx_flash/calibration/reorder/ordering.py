@@ -7,8 +7,7 @@ neighbours already or the link would close a ring; what comes out is chains, the
 not enough: LLM in a flash tried that and read hot rows again and again. Nothing is stored twice
 here, and what is hot is in slots and not read at all.
 
-Knows: bits [tokens, rows], slots as a replay needs them. Does not know: models, files, how bits
-were recorded.
+Knows: bits [tokens, rows]. Does not know: models, files, slots, how bits were recorded.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_flash.paging.policies import Policy
-from mlx_flash.paging.slot_table import SlotTable
 from mlx_flash.storage.read_requests import plan_scattered
 
 NEIGHBOURS = 32  # of each row, so many pairs are considered
@@ -109,17 +106,6 @@ def _chains(neighbours: list[list[int]], rows: int) -> list[np.ndarray]:
             seen[row] = True
             chain.append(row)
         found.append(np.array(chain))
-    return found
-
-
-def misses(active: np.ndarray, capacity: int, policy: Policy) -> list[np.ndarray]:
-    """For each token the rows that slots do not hold, as ``RowCache`` would have it."""
-    table = SlotTable(active.shape[1], capacity)
-    found = []
-    for bits in active:
-        rows = np.flatnonzero(bits)
-        found.append(rows[table.slot_of[rows] < 0])
-        table.update(rows[table.admit(rows, policy)], policy, told=True)
     return found
 
 

@@ -34,6 +34,7 @@ from mlx_flash.model_directory.config import ROW_FILE, config_sha256, write_conf
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.quantized_rows import without
 from mlx_flash.paging.policies import LFU
+from mlx_flash.paging.simulate import misses
 from mlx_flash.paging.slot_memory import SlotMemory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import Selection, select
@@ -200,7 +201,7 @@ def _figures(
         progress("counting", i, len(orders))
         active = access_trace.recorded(directory, work, i, "held_out")
         capacity = max(1, round(CACHE_SHARE * layer.rows))
-        missed = ordering.misses(active, capacity, LFU(layer.rows))
+        missed = misses(map(np.flatnonzero, active), layer.rows, capacity, LFU(layer.rows))
         missed = missed[round(WARM * len(missed)) :]
         layout, stride = layer.layout, layer.layout.stride
         gap = gap_bytes() // stride

@@ -13,7 +13,8 @@ from mlx_flash.common import platform, user_cache
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import POLICIES, make_policy
-from mlx_flash.performance import disk_speed, row_trace, trial_run
+from mlx_flash.paging.simulate import miss_counts
+from mlx_flash.performance import disk_speed, trial_run
 from mlx_flash.performance.budget_forecast import BudgetForecast
 from mlx_flash.performance.disk_speed import DiskSpeed
 from mlx_flash.performance.forecast import Layers, Timing, TrialRun, forecast
@@ -216,7 +217,7 @@ def test_misses_are_those_of_the_running_model(source):
             # The loop reads the prompt but for its last token at once.
             steps = use.prompt(layer, range(63), 2048, False) + use.steps(layer, range(63, 81))
             rule = make_policy(policy, use.rows[layer])
-            expected += row_trace.misses(steps, use.rows[layer], slots, rule)[-16:].sum()
+            expected += miss_counts(steps, use.rows[layer], slots, rule)[-16:].sum()
         assert read == pytest.approx(expected, rel=0.05) and read > 0
 
 
