@@ -48,7 +48,8 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import make_policy
 from mlx_flash.paging.simulate import misses
 from mlx_flash.paging.slot_memory import SlotMemory
-from mlx_flash.predictors.predictor import LowRank, Prediction, union
+from mlx_flash.predictors.low_rank import LowRank
+from mlx_flash.predictors.predictor import Prediction, union
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions, policy_spec
 from mlx_flash.storage.reader import RowReader
@@ -74,7 +75,7 @@ class Watched:
 
     def __call__(self, x: mx.array) -> Prediction:
         began = time.perf_counter()
-        mask = self.inner.scores(x) >= self.inner._logit
+        mask = self.inner.mask(x)
         mx.eval(mask)
         self.matmul_seconds += time.perf_counter() - began
         prediction = Prediction(union(mask))

@@ -1,15 +1,10 @@
 """Predictors as functions ``predict_i``: FFN input and threshold -> which rows, as fp16 0 or 1.
 
-Exact: the gate (up where there is none) in full, rows where it is above the threshold. Low-rank:
-two matrices, scores before the sigmoid held against the threshold's logit. With calibrated SwiGLU
-thresholds: the size of the activation times what a row adds on average.
-
-Knows: the kinds of ``mlx_flash.predictors`` in MIL. Does not know: how they were fitted, rows.
+Each kind of ``mlx_flash.predictors`` has a ``Program`` here, which ``registry.KINDS`` names.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +17,10 @@ from coreml_export.source.decoder_spec import Decoder, Ffn
 from coreml_export.source.weights_source import Source
 from mlx_flash.errors import FlashError
 from mlx_flash.models import families
-from mlx_flash.predictors import predictor_file
-from mlx_flash.predictors.predictor import LowRank, ResidentPart
+from mlx_flash.predictors import predictor_file, registry
+from mlx_flash.predictors.low_rank import logit
+from mlx_flash.predictors.predictor import Projection
+from mlx_flash.predictors.predictor_file import LayerPredictor
 
 from .coremltools_compat import TARGETS, mb, types
 from .layers import Builder, activate
@@ -37,16 +34,19 @@ class Choice:
     """How a layer's rows are predicted.
 
     Args:
-        kind: exact, low-rank, threshold or none (all rows).
+        layer: the predictor, its tensors in float32.
+        program: what computes it; None where all rows are named.
         threshold: what the function's input is by default.
-        tensors: of a low-rank predictor or a threshold, see ``predictor_file``.
-        nonlinearity: between the matrices of a low-rank one.
     """
 
-    kind: str
+    layer: LayerPredictor
+    program: type[Program] | None
     threshold: float
-    tensors: dict[str, np.ndarray]
-    nonlinearity: str = "none"
+
+    @property
+    def kind(self) -> str:
+        """For the manifest: exact, a trained kind, or none for all rows."""
+        return "exact" if self.program is ExactProgram else self.layer.kind
 
 
 def choose(source: Source, decoder: Decoder, wanted: str = "auto") -> list[Choice]:
@@ -69,7 +69,8 @@ def choose(source: Source, decoder: Decoder, wanted: str = "auto") -> list[Choic
             "calibrate the model directory and take --predictor trained"
         )
     if exact and wanted != "trained":
-        return [Choice("exact", part.threshold, {}) for _ in decoder.layers]
+        layer = LayerPredictor("gate" if part.gate else "up", 0.0)
+        return [_choice(layer, part) for _ in decoder.layers]
     directory = source.directory
     if directory is None or not (directory.path / predictor_file.NAME).is_file():
         raise ExportError(
@@ -85,14 +86,21 @@ def choose(source: Source, decoder: Decoder, wanted: str = "auto") -> list[Choic
         )
     except FlashError as error:
         raise ExportError(f"predictors of {source.path}: {error}") from error
-    choices = []
     for layer in found.layers:
-        tensors = {k: np.array(v.astype(mx.float32)) for k, v in layer.tensors.items()}
-        level = layer.threshold
-        if layer.kind == "low-rank":
-            level = math.log(level / (1 - level))
-        choices.append(Choice(layer.kind, level, tensors, layer.nonlinearity))
-    return choices
+        layer.tensors = {name: t.astype(mx.float32) for name, t in layer.tensors.items()}
+    return [_choice(layer, part) for layer in found.layers]
+
+
+def _choice(layer: LayerPredictor, part: Ffn) -> Choice:
+    if layer.whole:
+        return Choice(layer, None, layer.threshold)
+    if not (name := registry.KINDS[layer.kind].coreml):
+        raise ExportError(
+            f"predictors of kind {layer.kind} have no Core ML program; calibrate the model "
+            "directory with another --kind, or export --profile dense"
+        )
+    program = registry.load(name)
+    return Choice(layer, program, program.level(layer, part))
 
 
 def functions(decoder: Decoder, weights: Weights, choices: list[Choice]) -> dict[str, Any]:
@@ -101,45 +109,101 @@ def functions(decoder: Decoder, weights: Weights, choices: list[Choice]) -> dict
     return {f"predict_{i}": _function(builder, i, choice) for i, choice in enumerate(choices)}
 
 
-def _function(builder: Builder, index: int, choice: Choice) -> Any:
-    decoder = builder.decoder
-    part = decoder.layers[index].ffn
-    rows = decoder.d_ffn
+class Program:
+    """How a kind of predictor is computed in Core ML; ``registry`` names one for each kind.
 
-    def held(name: str) -> Any:
-        key = f"predictor/{index}/{name}"
-        return builder.weights.table(key, lambda: choice.tensors[name])
+    A row is named where its score is above the threshold that the function is given.
 
-    def low_rank(x: Any) -> Any:
-        hidden = mb.linear(x=x, weight=held("first"))
-        if choice.nonlinearity == "relu":
+    Args:
+        builder: makes projections.
+        part: the layer's FFN.
+        tensors: makes a constant of each tensor of the predictor.
+        layer: the predictor.
+    """
+
+    or_equal = False  # a score that equals the threshold names its row
+
+    def __init__(
+        self, builder: Builder, part: Ffn, tensors: Callable[[str], Any], layer: LayerPredictor
+    ) -> None:
+        self.builder, self.part, self.tensors, self.layer = builder, part, tensors, layer
+
+    @staticmethod
+    def level(layer: LayerPredictor, part: Ffn) -> float:
+        """The threshold that scores are held against."""
+        return layer.threshold
+
+    def scores(self, x: Any) -> Any:
+        """Scores [1, rows] of an FFN input x [1, d_model]."""
+        raise NotImplementedError
+
+
+class ExactProgram(Program):
+    """The gate, or up where there is none, held against where the activation begins."""
+
+    @staticmethod
+    def level(layer: LayerPredictor, part: Ffn) -> float:
+        """See ``Program``."""
+        return part.threshold
+
+    def scores(self, x: Any) -> Any:
+        """See ``Program``."""
+        return self.builder.linear(x, self.part.gate or self.part.up)
+
+
+class LowRankProgram(Program):
+    """Two matrices; scores before the sigmoid, held against the threshold's logit."""
+
+    or_equal = True
+
+    @staticmethod
+    def level(layer: LayerPredictor, part: Ffn) -> float:
+        """See ``Program``."""
+        return logit(layer.threshold)
+
+    def scores(self, x: Any) -> Any:
+        """See ``Program``."""
+        hidden = mb.linear(x=x, weight=self.tensors("first"))
+        if self.layer.nonlinearity == "relu":
             hidden = mb.relu(x=hidden)
-        bias = {"bias": held("bias")} if "bias" in choice.tensors else {}
-        return mb.linear(x=hidden, weight=held("second"), **bias)
+        bias = {"bias": self.tensors("bias")} if "bias" in self.layer.tensors else {}
+        return mb.linear(x=hidden, weight=self.tensors("second"), **bias)
 
-    def scores(x: Any) -> Any:
-        if choice.kind == "low-rank":
-            return low_rank(x)
-        value = builder.linear(x, part.gate or part.up)
-        if choice.kind == "exact":
-            return value
+
+class ThresholdProgram(Program):
+    """The size of the activation times what a row adds per unit of it, see ``ResidentPart``."""
+
+    def scores(self, x: Any) -> Any:
+        """See ``Program``."""
+        part = self.part
+        value = self.builder.linear(x, part.gate or part.up)
         plain = Ffn(part.up, part.down, None, part.activation, part.threshold)
         size = mb.abs(x=activate(value, None, plain)[0])
-        if "floor" in choice.tensors:
-            guess = mb.linear(x=mb.linear(x=x, weight=held("first")), weight=held("second"))
-            square = mb.add(x=mb.mul(x=guess, y=guess), y=held("floor"))
+        if "floor" in self.layer.tensors:
+            guess = mb.linear(x=x, weight=self.tensors("first"))
+            guess = mb.linear(x=guess, weight=self.tensors("second"))
+            square = mb.add(x=mb.mul(x=guess, y=guess), y=self.tensors("floor"))
             size = mb.mul(x=size, y=mb.sqrt(x=square))
-        return mb.mul(x=size, y=held("scale")) if "scale" in choice.tensors else size
+        return mb.mul(x=size, y=self.tensors("scale")) if "scale" in self.layer.tensors else size
+
+
+def _function(builder: Builder, index: int, choice: Choice) -> Any:
+    decoder = builder.decoder
+    tensors = choice.layer.tensors
+
+    def constant(name: str) -> Any:
+        key = f"predictor/{index}/{name}"
+        return builder.weights.table(key, lambda: np.array(tensors[name]))
 
     def body(ffnInput, threshold):  # noqa: ANN001, ANN202
         x = mb.reshape(x=ffnInput, shape=[1, decoder.d_model])
-        if choice.kind == "none":
+        if choice.program is None:
             level = mb.mul(x=threshold, y=np.float16(0))
-            above = mb.add(x=np.ones((1, rows), np.float16), y=level)
+            above = mb.add(x=np.ones((1, decoder.d_ffn), np.float16), y=level)
             return mb.identity(x=above, name="mask")
-        compare = mb.greater_equal if choice.kind == "low-rank" else mb.greater
-        above = compare(x=scores(x), y=threshold)
-        return mb.cast(x=above, dtype="fp16", name="mask")
+        program = choice.program(builder, decoder.layers[index].ffn, constant, choice.layer)
+        compare = mb.greater_equal if program.or_equal else mb.greater
+        return mb.cast(x=compare(x=program.scores(x), y=threshold), dtype="fp16", name="mask")
 
     specs = [
         mb.TensorSpec(shape=(1, 1, decoder.d_model), dtype=types.fp16),
@@ -162,39 +226,10 @@ def mlx_masks(
 def _mlx_mask(
     source: Source, decoder: Decoder, index: int, choice: Choice, kept: dict[str, np.ndarray]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    tensors = {k: mx.array(v) for k, v in choice.tensors.items()}
-    if choice.kind == "none":
-        return lambda x: np.ones((len(x), decoder.d_ffn), bool)
-    if choice.kind == "low-rank":
-        level = 1 / (1 + math.exp(-choice.threshold))
-        ranked = LowRank(
-            tensors["first"], tensors["second"], tensors.get("bias"), level, choice.nonlinearity
-        )
-        return lambda x: np.array(ranked.scores(mx.array(x)) >= choice.threshold)
     part = decoder.layers[index].ffn
     linear = part.gate or part.up
     bias = mx.array(kept[linear.bias.name]) if linear.bias else None
-    table = families.find(source.config)
-    estimate = None
-    if "floor" in tensors:
-        estimate = (tensors["first"], tensors["second"], tensors["floor"])
-    resident = ResidentPart(
-        "gate" if part.gate else "up",
-        mx.array(kept[linear.weight.name]),
-        bias,
-        families.gate_function(table),
-        families.has_zeros(table),
-        0.0 if choice.kind == "exact" else choice.threshold,
-        tensors.get("scale"),
-        estimate,
-    )
-
-    def run(x: np.ndarray) -> np.ndarray:
-        masks = []
-        for row in x:
-            mask = np.zeros(decoder.d_ffn, bool)
-            mask[resident(mx.array(row[None])).rows] = True
-            masks.append(mask)
-        return np.array(masks)
-
-    return run
+    weight = mx.array(kept[linear.weight.name])
+    projection = Projection("gate" if part.gate else "up", weight, bias)
+    predictor = choice.layer.build(families.find(source.config), decoder.d_ffn, projection)
+    return lambda x: np.concatenate([np.array(predictor.mask(mx.array(row[None]))) for row in x])

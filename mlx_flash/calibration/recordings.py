@@ -29,8 +29,8 @@ from mlx_flash.common.files import FULL, atomic_write, is_temporary, replacing
 from mlx_flash.common.sizes import show
 from mlx_flash.errors import CalibrationError, FlashError
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.models.activations import Activation
 from mlx_flash.models.dtypes import UNITS
-from mlx_flash.predictors.predictor import Function
 
 from .probes import Seen
 
@@ -156,7 +156,7 @@ class Recorder:
         up_function: what the FFN applies to up's output before the product.
     """
 
-    def __init__(self, path: Path, kind: str, layers: int, up_function: Function) -> None:
+    def __init__(self, path: Path, kind: str, layers: int, up_function: Activation) -> None:
         self.path, self.kind = path, kind
         self._up_function = up_function
         self.part: str | None = None

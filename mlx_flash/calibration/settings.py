@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mlx_flash.errors import CalibrationError, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
-from mlx_flash.predictors.predictor import NONLINEARITIES
+from mlx_flash.predictors.registry import NONLINEARITIES
 
 TOKENS = {"low-rank": 16384, "threshold": 4096}  # to train on
 

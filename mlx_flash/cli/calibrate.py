@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from mlx_flash.common.sizes import parse_ram
+from mlx_flash.predictors import registry
 
 
 def add(commands: Any) -> None:
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--kind",
-        choices=["low-rank", "threshold"],
+        choices=registry.fitted(),
         help="default: low-rank where the activation has zeros, else threshold (lossy)",
     )
     parser.add_argument(
@@ -40,7 +41,10 @@ def add(commands: Any) -> None:
         "--sparsity", type=float, default=0.5, help="rows a threshold leaves out (default: 0.5)"
     )
     parser.add_argument(
-        "--nonlinearity", choices=["none", "relu"], default="none", help="between the matrices"
+        "--nonlinearity",
+        choices=registry.NONLINEARITIES,
+        default="none",
+        help="between the matrices",
     )
     parser.add_argument(
         "--max-loss",

@@ -17,9 +17,9 @@ from typing import Any
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import FlashError, ModelError, UsageError
 from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, POLICIES
+from mlx_flash.predictors import registry
 
 UNITS = {"neuron": "rows", "expert": "experts", "layer": "FFNs"}
-PREDICTORS = ("auto", "none", "gate", "up", "low-rank", "threshold")
 
 
 def add(commands: Any) -> None:
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     generate.add_argument(
         "--predictor",
         default="auto",
-        choices=PREDICTORS,
+        choices=registry.names(),
         help="how the rows that fire are known; default: what was calibrated, else what is exact",
     )
     generate.add_argument(

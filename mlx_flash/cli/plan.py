@@ -14,9 +14,8 @@ from typing import Any
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import UsageError
 from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, POLICIES
+from mlx_flash.predictors import registry
 from mlx_flash.runtime.options import PagingOptions, policy_spec
-
-from .generate import PREDICTORS
 
 
 def add(commands: Any) -> None:
@@ -38,7 +37,7 @@ def add_paging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predictor",
         default="auto",
-        choices=PREDICTORS,
+        choices=registry.names(),
         help="how the rows that fire are known; default: what was calibrated, else what is exact",
     )
     parser.add_argument(

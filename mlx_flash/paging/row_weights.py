@@ -11,6 +11,7 @@ import numpy as np
 from mlx_flash.models.dtypes import DTYPES, UNITS
 from mlx_flash.models.families import Ffn, projections, weight_shapes
 from mlx_flash.models.quantized_rows import QuantScheme, Rows, part_names, rows_of
+from mlx_flash.predictors.predictor import Projection
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import RowFile
 
@@ -50,6 +51,22 @@ def resident_part(
     typed = {p.name: arrays[p.name].view(DTYPES[p.dtype]) for p in parts}
     mx.eval(list(typed.values()))
     return rows_of(typed, part, scheme)
+
+
+def resident_projection(
+    reader: RowReader, layer: int, part: str, mlp: nn.Module, ffn: Ffn, scheme: QuantScheme | None
+) -> Projection:
+    """One projection of a layer for a predictor: its weights from the row file, its bias if any.
+
+    Args:
+        part: "gate" or "up".
+        mlp: the layer's FFN module, its biases loaded.
+    """
+    module = mlp[projections(ffn)[part]]
+    bias = module.bias if "bias" in module else None
+    if bias is not None and ffn.fused:
+        bias = mx.split(bias, 2)[0]
+    return Projection(part, resident_part(reader, layer, part, scheme), bias)
 
 
 def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array]:

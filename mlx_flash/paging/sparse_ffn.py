@@ -23,7 +23,7 @@ import numpy as np
 from mlx_flash.errors import FlashError
 from mlx_flash.models.families import Ffn
 from mlx_flash.models.quantized_rows import QuantScheme, Rows, rows_of
-from mlx_flash.predictors.predictor import Prediction, Predictor, ResidentPart
+from mlx_flash.predictors.predictor import Prediction, Predictor
 
 from .prefetch import Foresight
 from .row_cache import RowCache
@@ -161,8 +161,8 @@ class SparseMLP(nn.Module):
     def _dense(self, x: mx.array, hidden: mx.array, args: Any, kwargs: Any) -> mx.array:
         """The FFN over every row, all of them streamed."""
         known, rows = None, np.arange(self._cache.table.rows)
-        if isinstance(self._predictor, ResidentPart):
-            known = (self._predictor.provides, self._predictor.values(hidden))
+        if part := self._predictor.provides:
+            known = (part, self._predictor.values(hidden))
         return self._add_up(x, rows, known, None, args, kwargs)
 
     def _add_up(

@@ -132,7 +132,7 @@ def _facts(model: Model) -> dict[str, Any]:
     directory = model.directory
     file = directory.path / predictor_file.NAME
     trained = None
-    if model.selection and model.selection.file:
+    if model.selection and model.selection.trained:
         stat = file.stat()
         trained = [stat.st_size, stat.st_mtime_ns]
     return disk_speed.machine_facts() | {

@@ -1,11 +1,9 @@
 """``predictors.safetensors``: the predictors that ``calibrate`` fitted to one model directory.
 
-A plain safetensors file. Tensors ``layers.{i}.first``, ``.second``, ``.bias`` of a low-rank
-predictor, ``layers.{i}.scale``, ``.first``, ``.second``, ``.floor`` of a threshold; the metadata
-name the row file they belong to, each layer's settings and what was measured. The file is whole or
-not there: it is written beside and renamed, and nothing else in the directory changes with it.
-
-Knows: names, shapes, hashes. Does not know: how predictors are fitted or used.
+A plain safetensors file. Its tensors are named ``layers.{i}.{name}``, with the names and shapes of
+``registry.Training.tensors``; the metadata name the row file they belong to, each layer's settings
+and what was measured. The file is whole or not there: it is written beside and renamed, and nothing
+else in the directory changes with it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,16 @@ import numpy as np
 from mlx_flash.common.files import replacing
 from mlx_flash.errors import DamagedError, PredictorError
 from mlx_flash.models.dtypes import UNITS
+from mlx_flash.models.families import Ffn
 
-from .predictor import NONLINEARITIES
+from . import registry
+from .predictor import Everything, Predictor, Projection
+from .registry import DIMENSIONS, NONLINEARITIES, WHOLE
 
 NAME = "predictors.safetensors"
 FORMAT = "mlx_flash.predictors"
 FORMAT_VERSION = 1
-KINDS = ("low-rank", "threshold")
-ESTIMATE = ("first", "second", "floor")
-TENSORS = {
-    "low-rank": ("first", "second", "bias"),
-    "threshold": ("scale", *ESTIMATE),
-    "none": (),
-}
-NEEDED = {"low-rank": ("first", "second"), "threshold": (), "none": ()}
+SETTINGS = ("kind", "threshold", "nonlinearity", "demand")  # of a layer, in the metadata
 
 
 @dataclass
@@ -45,13 +39,12 @@ class LayerPredictor:
     """One layer's predictor.
 
     Args:
-        kind: low-rank, threshold, or none for a layer that is better read whole.
+        kind: a name in ``registry.KINDS``, or "none" for a layer that is better read whole.
         threshold: of the sigmoid (low-rank), or of the activation (threshold).
         nonlinearity: between the matrices of a low-rank one.
-        tensors: first [rank, d_model], second [rows, rank], bias [rows]; of a threshold scale
-            [rows], and all or none of first, second and floor [rows], see ``ResidentPart``.
-        demand: rows that this many tokens in a row used on average in calibration, by number of
-            tokens as text; what a cache for them would hold.
+        tensors: see ``registry.Training.tensors``.
+        demand: mean number of rows that n tokens in a row used in calibration, by n as text: what
+            a cache for them would hold.
     """
 
     kind: str
@@ -61,21 +54,33 @@ class LayerPredictor:
     demand: dict[str, float] = field(default_factory=dict)
 
     @property
-    def rank(self) -> int | None:
-        """Width between the two matrices of a low-rank one."""
-        return self.tensors["first"].shape[0] if "first" in self.tensors else None
+    def whole(self) -> bool:
+        """Nothing is predicted: all rows are read."""
+        return self.kind == WHOLE
 
     @property
-    def estimate(self) -> tuple[mx.array, mx.array, mx.array] | None:
-        """What a threshold knows of up's output, see ``ResidentPart``."""
-        if self.kind != "threshold" or "floor" not in self.tensors:
-            return None
-        return self.tensors["first"], self.tensors["second"], self.tensors["floor"]
+    def rank(self) -> int | None:
+        """Width between two low-rank matrices, where there are any."""
+        return self.tensors["first"].shape[0] if "first" in self.tensors else None
 
     @property
     def nbytes(self) -> int:
         """Memory that its tensors take."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def build(self, ffn: Ffn, rows: int, projection: Projection | None = None) -> Predictor:
+        """The predictor, its tensors in memory.
+
+        Args:
+            ffn: of the model's family.
+            rows: of the layer.
+            projection: that the activation is applied to. Kinds that are ``resident`` compute it;
+                without it they can only be asked for ``mask`` with its output at hand.
+        """
+        if self.whole:
+            return Everything(rows)
+        mx.eval(list(self.tensors.values()))
+        return registry.load(registry.KINDS[self.kind].build)(self, ffn, projection)
 
 
 @dataclass
@@ -83,7 +88,7 @@ class Predictors:
     """A file's contents.
 
     Args:
-        kind: low-rank or threshold.
+        kind: one of ``registry.trained()``.
         rows_fingerprint: of the row file that they were fitted to.
         layers: one for each layer.
         measured: figures of the calibration, see ``calibrate``.
@@ -107,9 +112,7 @@ def write(path: Path, predictors: Predictors) -> None:
         for i, layer in enumerate(predictors.layers)
         for name, tensor in layer.tensors.items()
     }
-    settings = []
-    for layer in predictors.layers:
-        settings.append({k: v for k, v in asdict(_bare(layer)).items() if k != "tensors"})
+    settings = [{name: getattr(layer, name) for name in SETTINGS} for layer in predictors.layers]
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -163,7 +166,7 @@ def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Pre
             json.loads(metadata["measured"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"the metadata of {path} make no sense; calibrate again") from error
+        raise DamagedError(f"the metadata of {path} cannot be read; calibrate again") from error
     if found.rows_fingerprint != fingerprint:
         raise PredictorError(
             f"{path} was fitted to another model or another conversion of it (rows "
@@ -174,13 +177,18 @@ def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Pre
             f"{path} has predictors for {len(layers)} layers, the model has {len(rows)}; "
             "calibrate again"
         )
+    if found.kind not in registry.trained():
+        known = " or ".join(registry.trained())
+        raise PredictorError(
+            f"{path} holds predictors of kind {found.kind!r}, this version of mlx_flash knows "
+            f"{known}; update mlx_flash or calibrate again"
+        )
     for i, layer in enumerate(layers):
+        names = () if layer.whole else registry.trained()[found.kind].tensors
         layer.tensors = {
-            name: tensors[f"layers.{i}.{name}"]
-            for name in TENSORS.get(layer.kind, ())
-            if f"layers.{i}.{name}" in tensors
+            name: tensors[f"layers.{i}.{name}"] for name in names if f"layers.{i}.{name}" in tensors
         }
-        _check(path, i, layer, rows[i], d_model)
+        _check(f"{path}, layer {i}", found.kind, layer, {"rows": rows[i], "d_model": d_model})
     return found
 
 
@@ -196,32 +204,36 @@ def verify(path: Path) -> None:
         raise DamagedError(f"{path} is damaged: sha256 {found}; calibrate again")
 
 
-def _bare(layer: LayerPredictor) -> LayerPredictor:
-    return LayerPredictor(layer.kind, layer.threshold, layer.nonlinearity, {}, layer.demand)
-
-
-def _check(path: Path, index: int, layer: LayerPredictor, rows: int, d_model: int) -> None:
-    if layer.kind not in TENSORS or layer.nonlinearity not in NONLINEARITIES:
+def _check(where: str, kind: str, layer: LayerPredictor, sizes: dict[str, int]) -> None:
+    """Raise unless a layer of a file of a kind is as ``registry`` says."""
+    # A resident part is left out of all slots, so a layer cannot do without it.
+    known = (kind,) if registry.KINDS[kind].resident else (kind, WHOLE)
+    if layer.kind not in known or layer.nonlinearity not in NONLINEARITIES:
         raise PredictorError(
-            f"{path}, layer {index}: unknown kind {layer.kind!r} or nonlinearity "
-            f"{layer.nonlinearity!r}; update mlx_flash or calibrate again"
+            f"{where}: unknown kind {layer.kind!r} or nonlinearity {layer.nonlinearity!r} in a "
+            f"file of kind {kind}; update mlx_flash or calibrate again"
         )
-    needed = NEEDED[layer.kind]
-    if layer.kind == "threshold" and set(ESTIMATE) & layer.tensors.keys():
-        needed = ESTIMATE
-    if missing := [name for name in needed if name not in layer.tensors]:
-        raise DamagedError(f"{path}, layer {index}: no {', '.join(missing)}; calibrate again")
-    rank = layer.rank or 0
-    expected = dict.fromkeys(("bias", "scale", "floor"), (rows,))
-    expected |= {"first": (rank, d_model), "second": (rows, rank)}
-    for name, tensor in layer.tensors.items():
-        if tensor.shape != expected[name]:
-            raise PredictorError(
-                f"{path}, layer {index}: {name} has shape {tensor.shape}, the model needs "
-                f"{expected[name]}; calibrate again"
-            )
     if not math.isfinite(layer.threshold):
-        raise PredictorError(f"{path}, layer {index}: threshold {layer.threshold}; calibrate again")
+        raise PredictorError(f"{where}: threshold {layer.threshold}; calibrate again")
+    if layer.whole:
+        return
+    training = registry.trained()[kind]
+    needed = training.needed
+    if set(training.together) & layer.tensors.keys():
+        needed += training.together
+    if missing := [name for name in needed if name not in layer.tensors]:
+        raise DamagedError(f"{where}: no {', '.join(missing)}; calibrate again")
+    for name, tensor in layer.tensors.items():
+        words = training.tensors[name]
+        for word, size in zip(words, tensor.shape, strict=False):
+            if word not in DIMENSIONS:
+                sizes.setdefault(word, size)
+        expected = tuple(sizes.get(word, 0) for word in words)
+        if tensor.shape != expected:
+            raise PredictorError(
+                f"{where}: {name} has shape {tensor.shape}, the model needs {expected}; "
+                "calibrate again"
+            )
 
 
 def _sha256(tensors: dict[str, mx.array]) -> str:

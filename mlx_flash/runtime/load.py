@@ -131,8 +131,9 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
         raise BudgetError("kept_share is for models without experts; give cache_share")
     predicts = options.use_flash and options.kept_share is None
     selection = select(directory, options.predictor) if predicts else None
-    kind = selection.kind if selection else "none"
-    if options.lookahead and kind != "low-rank" and not directory.mixture:
+    guesses = directory.mixture or (selection and selection.guesses_ahead)
+    if options.lookahead and not guesses:
+        kind = selection.kind if selection else "none"
         raise PredictorError(
             f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "
             f"predictor {kind}; leave it out"

@@ -26,7 +26,7 @@ class PagingOptions:
         context: tokens, prompt and generated, that the KV cache is planned for; None for 2048, or
             for what the model was made for if that is less.
         use_flash: False keeps every weight in memory.
-        predictor: a name of ``selection.NAMES``.
+        predictor: one of ``predictors.registry.names()``.
         policy: which rows leave the cache, as ``make_policy`` takes it: "lfu", "lru", "window",
             "window:8".
         lookahead: whether to read ahead for the next layer; None takes the unit's default.

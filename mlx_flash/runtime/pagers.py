@@ -32,10 +32,12 @@ from mlx_flash.paging.row_weights import (
     dense_weights,
     first_row,
     placeholders,
+    resident_projection,
     whole_layer,
 )
 from mlx_flash.paging.sparse_ffn import SparseMLP, SparseStats
 from mlx_flash.paging.streamed_ffn import FlashLayer, FlashMLP
+from mlx_flash.predictors.predictor import Predictor
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import RowReader
 
@@ -168,7 +170,7 @@ class NeuronPager(_Pager):
             before: SparseMLP | None = None
             for i, slots in plan.slots.items():
                 path, module = self.found[i]
-                predictor = self.selection.build(reader, i, module, ffn)
+                predictor = self._predictor(self.selection, i)
                 policy = self._policies(layers[i].rows)
                 cache = RowCache(reader, i, slots, policy, parts=parts)
                 mlp = SparseMLP(module, ffn, predictor, cache, self.rows, self.stats, scheme)
@@ -176,6 +178,14 @@ class NeuronPager(_Pager):
                     before.foresee(Foresight(predictor, cache, self.rows))
                 self.caches[i], paged[path], before = cache, mlp, mlp
         return paged
+
+    def _predictor(self, selection: Selection, layer: int) -> Predictor:
+        ffn, projection = self.directory.ffn, None
+        if part := selection.provides:
+            module, scheme = self.found[layer][1], self.directory.scheme
+            projection = resident_projection(self.reader, layer, part, module, ffn, scheme)
+        rows = self.directory.rows.layers[layer].rows
+        return selection.layers[layer].build(ffn, rows, projection)
 
 
 class LayerPager(_Pager):

@@ -11,7 +11,6 @@ as a whole, perplexity. LLM in a flash, section 3.1; CATS (2404.08763) for thres
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from mlx_flash.models import families
 from mlx_flash.models.families import Ffn
 from mlx_flash.models.quantized_rows import QuantizedRows
 from mlx_flash.paging.row_weights import resident_part
-from mlx_flash.predictors.predictor import LowRank, importance
+from mlx_flash.predictors.low_rank import LowRank, logit
 from mlx_flash.predictors.predictor_file import LayerPredictor
 from mlx_flash.storage.reader import RowReader
 
@@ -58,23 +57,10 @@ class Fitted:
 
 def mask_of(layer: LayerPredictor, ffn: Ffn) -> Mask | None:
     """Which rows a predictor names for each token, the same that paging would read; None for all"""
-    if layer.kind == "none":
+    if layer.whole:
         return None
-    if layer.kind == "low-rank":
-        tensors = layer.tensors
-        low_rank = LowRank(
-            tensors["first"],
-            tensors["second"],
-            tensors.get("bias"),
-            layer.threshold,
-            layer.nonlinearity,
-        )
-        logit = math.log(layer.threshold / (1 - layer.threshold))
-        return lambda seen: low_rank.scores(seen.x) >= logit
-    activation, scale = families.gate_function(ffn), layer.tensors.get("scale")
-    return lambda seen: (
-        importance(activation(seen.gate), seen.x, scale, layer.estimate) > layer.threshold
-    )
+    predictor = layer.build(ffn, 0)
+    return lambda seen: predictor.mask(seen.x, seen.gate)
 
 
 class _Layers:
@@ -242,7 +228,7 @@ class LowRankLayers(_Layers):
         )
         threshold = low_rank_fit.sigmoid(cut)
         predictor = LayerPredictor("low-rank", threshold, nonlinearity, tensors)
-        predicted = np.array(mx.array(scores) >= math.log(threshold / (1 - threshold)))
+        predicted = np.array(mx.array(scores) >= logit(threshold))
         return predictor, self.figures(predictor, predicted, strength)
 
     def ranks(self) -> Sequence[int]:
@@ -370,9 +356,8 @@ class ThresholdLayers(_Layers):
     def _scores(self, layer: int, tensors: dict[str, mx.array]) -> np.ndarray:
         data = self.part(layer, "validation")
         gate, x = data.floats("gate"), data.floats("x")
-        layer_predictor = LayerPredictor("threshold", tensors=tensors)
-        activation = families.gate_function(self.ffn)
-        return _float32(importance(activation(gate), x, tensors["scale"], layer_predictor.estimate))
+        predictor = LayerPredictor("threshold", tensors=tensors).build(self.ffn, gate.shape[1])
+        return _float32(predictor.scores(x, gate))
 
 
 def _float32(array: mx.array) -> np.ndarray:

@@ -18,7 +18,6 @@ from mlx_flash.calibration.probes import Seen
 from mlx_flash.calibration.text import CalibrationText
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
-from mlx_flash.predictors.predictor import LowRank, importance
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions
@@ -29,29 +28,11 @@ PARTS = ("train", "held_out")
 
 def asked(directory: ModelDirectory, selection: Selection) -> Callable[[Seen], mx.array]:
     """A function of what an FFN saw: which rows are asked for, bool [..., rows]."""
-    activation = None if selection.kind == "low-rank" else families.gate_function(directory.ffn)
-
-    def find(seen: Seen) -> mx.array:
-        trained = selection.file.layers[seen.layer] if selection.file else None
-        if trained and trained.kind == "none":
-            return mx.ones(seen.h.shape, mx.bool_)
-        if activation is None:
-            tensors = trained.tensors
-            predictor = LowRank(
-                tensors["first"],
-                tensors["second"],
-                tensors.get("bias"),
-                trained.threshold,
-                trained.nonlinearity,
-            )
-            return mx.sigmoid(predictor.scores(seen.x)) >= trained.threshold
-        values = activation(seen.gate)
-        if trained is None:
-            return importance(values, seen.x) > 0
-        scale = trained.tensors.get("scale")
-        return importance(values, seen.x, scale, trained.estimate) > trained.threshold
-
-    return find
+    predictors = [
+        trained.build(directory.ffn, layer.rows)
+        for trained, layer in zip(selection.layers, directory.rows.layers, strict=True)
+    ]
+    return lambda seen: predictors[seen.layer].mask(seen.x, seen.gate)
 
 
 def record(

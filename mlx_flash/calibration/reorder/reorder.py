@@ -134,9 +134,9 @@ def reorder(
 
 def _fitted(selection: Selection) -> str | None:
     """Tells trained predictors apart, whatever the order of rows."""
-    if selection.file is None:
+    if not selection.trained:
         return None
-    layers = [[layer.kind, layer.threshold, layer.rank] for layer in selection.file.layers]
+    layers = [[layer.kind, layer.threshold, layer.rank] for layer in selection.layers]
     return digest_of([layers, selection.measured])
 
 
@@ -176,8 +176,7 @@ def _orders(
         kept = recordings.load_layer(work, f"{i:03d}")
         order = kept[1]["order"] if kept else None
         if order is None or not ordering.is_order(order, layer.rows):
-            trained = selection.file.layers[i] if selection.file else None
-            if trained and trained.kind == "none":
+            if selection.layers[i].whole:
                 order = np.arange(layer.rows)  # read whole
             else:
                 active = access_trace.recorded(directory, work, i, "train")

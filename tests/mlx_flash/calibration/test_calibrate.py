@@ -20,6 +20,7 @@ from support.tiny import make_checkpoint
 from mlx_flash import cli
 from mlx_flash.calibration import calibrate as module
 from mlx_flash.calibration import probes, recordings, report
+from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.calibration.neurons import low_rank_fit
 from mlx_flash.calibration.neurons.layer_fit import LowRankLayers
@@ -29,7 +30,7 @@ from mlx_flash.errors import BudgetError, CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import get_classes
 from mlx_flash.predictors.predictor_file import NAME, read
-from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.options import PagingOptions
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -143,7 +144,7 @@ def test_without_matplotlib_the_rest_is_written(opt_report, tmp_path, monkeypatc
 def test_the_masked_perplexity_is_that_of_the_predictors_as_stored(opt, opt_report):
     """Computed here from the file, with the FFN written out."""
     directory = ModelDirectory(opt)
-    text = module.calibration_text.load(None, module.load_tokenizer(directory), 1024, 256, 0)
+    text = text_module.load(None, load_tokenizer(directory), 1024, 256, 0)
     model = load_model(directory, PagingOptions(use_flash=False))
     for layer, found in zip(model.layers, predictors_of(opt).layers, strict=True):
         layer.mlp = Masked(layer.mlp, found)
@@ -397,8 +398,8 @@ def test_a_threshold_below_the_zeros_loses_nothing(tmp_path, words):
 def plain_perplexity(source, model, words):
     """By mlx-lm's own model of the checkpoint, nothing of this package."""
     dense, _ = utils.load_model(source, get_model_classes=get_classes)
-    tokenizer = module.load_tokenizer(ModelDirectory(model))
-    held_out = module.calibration_text.load(words, tokenizer, 1024, 512, 0).held_out
+    tokenizer = load_tokenizer(ModelDirectory(model))
+    held_out = text_module.load(words, tokenizer, 1024, 512, 0).held_out
     total = 0.0
     for tokens in mx.array(held_out)[:, None]:
         logits = dense(tokens).astype(mx.float32)
@@ -488,8 +489,8 @@ def test_what_was_fitted_can_be_run_with(opt, opt_report):
     """Paged at one token's time, the held-out text comes out about as well as when masked."""
     directory = ModelDirectory(opt)
     model = load_model(directory, PagingOptions(predictor="low-rank", cache_share=0.25))
-    tokenizer = module.load_tokenizer(directory)
-    text = module.calibration_text.load(None, tokenizer, QUICK["tokens"], 256, 0)
+    tokenizer = load_tokenizer(directory)
+    text = text_module.load(None, tokenizer, QUICK["tokens"], 256, 0)
     paged = probes.perplexity(model, text.held_out[:1], 1)
     dense = load_model(directory, PagingOptions(use_flash=False))
     assert paged == pytest.approx(probes.perplexity(dense, text.held_out[:1], 256), rel=0.015)

@@ -355,7 +355,7 @@ def test_interrupted(copy, opt, monkeypatch, moment):
     else:
         assert content(copy) == before
     recorded = []
-    monkeypatch.setattr(reorder.ordering, "by_coactivation", lambda _: recorded.append(1))
+    monkeypatch.setattr(ordering, "by_coactivation", lambda _: recorded.append(1))
     assert reorder.reorder(copy, tokens=TOKENS)["written"]
     assert not recorded, "what was found is not sought again"
     assert content(copy) == content(opt[1])

@@ -12,7 +12,7 @@ from mlx_flash.conversion.turbosparse import fold, shipped
 from mlx_flash.errors import ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
-from mlx_flash.predictors.predictor import LowRank
+from mlx_flash.predictors.low_rank import LowRank
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions
 

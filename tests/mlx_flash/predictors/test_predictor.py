@@ -10,8 +10,10 @@ import pytest
 from mlx_flash.common import files
 from mlx_flash.errors import DamagedError, PredictorError
 from mlx_flash.predictors import predictor_file
-from mlx_flash.predictors.predictor import Everything, LowRank, ResidentPart
+from mlx_flash.predictors.low_rank import LowRank
+from mlx_flash.predictors.predictor import Everything
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
+from mlx_flash.predictors.resident_part import ResidentPart
 
 ROWS, WIDTH, RANK = 96, 32, 8
 
@@ -104,6 +106,22 @@ def test_conformance(kind):
             assert (kept[~masks] == 0).all(), "a row that is not needed must not count"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_what_is_predicted(kind):
+    """Of each token; and where the projection's output is at hand no weights are needed."""
+    predictor = make(kind)
+    mx.random.seed(1)
+    x = mx.random.normal((2, 3, WIDTH))
+    masks = np.array([expected(kind, token) for token in x.reshape(-1, WIDTH)])
+    assert (np.array(predictor.mask(x)).reshape(-1, ROWS) == masks).all()
+    if predictor.provides:
+        values = predictor.values(x)
+        predictor.weight = None
+        assert (np.array(predictor.mask(x, values)).reshape(-1, ROWS) == masks).all()
+        with pytest.raises(PredictorError, match=f"without the weights of {predictor.provides}"):
+            predictor.mask(x)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_nobody_needs_a_row(kind):
     x = mx.zeros((1, 1, WIDTH))
@@ -176,7 +194,7 @@ def test_thresholds_with_an_estimate(tmp_path):
     layer = LayerPredictor("threshold", 0.25, tensors=tensors)
     predictor_file.write(path, Predictors("threshold", "a", [layer]))
     found = predictor_file.read(path, "a", [ROWS], WIDTH).layers[0]
-    assert found.rank == RANK and mx.array_equal(found.estimate[1], w["second"])
+    assert found.rank == RANK and mx.array_equal(found.tensors["second"], w["second"])
     del tensors["floor"]
     predictor_file.write(path, Predictors("threshold", "a", [layer]))
     with pytest.raises(DamagedError, match="layer 0: no floor"):
@@ -206,6 +224,27 @@ def test_file_of_another_model(tmp_path, given, message):
     predictor_file.write(path, low_rank_file())
     with pytest.raises(PredictorError, match=message):
         predictor_file.read(path, *given)
+
+
+def test_layers_are_of_the_kind_of_the_file(tmp_path):
+    path, w = tmp_path / predictor_file.NAME, weights()
+    pair = {name: w[name] for name in ("first", "second")}
+    low_rank, whole = LayerPredictor("low-rank", tensors=pair), LayerPredictor("none")
+    for kind, layer in (("low-rank", LayerPredictor("threshold")), ("threshold", whole)):
+        predictor_file.write(path, Predictors(kind, "a", [layer]))
+        with pytest.raises(PredictorError, match=f"layer 0: unknown kind '{layer.kind}'"):
+            predictor_file.read(path, "a", [ROWS], WIDTH)
+    predictor_file.write(path, Predictors("of tomorrow", "a", [low_rank]))
+    with pytest.raises(PredictorError, match=r"'of tomorrow'.*knows low-rank or threshold"):
+        predictor_file.read(path, "a", [ROWS], WIDTH)
+
+
+def test_tensors_of_a_layer_agree_on_the_rank(tmp_path):
+    path, w = tmp_path / predictor_file.NAME, weights()
+    layer = LayerPredictor("low-rank", tensors={"first": w["first"], "second": w["second"][:, :4]})
+    predictor_file.write(path, Predictors("low-rank", "a", [layer]))
+    with pytest.raises(PredictorError, match=r"second has shape \(96, 4\).*\(96, 8\)"):
+        predictor_file.read(path, "a", [ROWS], WIDTH)
 
 
 def test_damaged_file(tmp_path):
