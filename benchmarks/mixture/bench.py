@@ -19,8 +19,8 @@ from benchmarks.support.fio import warm
 from benchmarks.support.synthetic_opt import words
 from mlx_flash.paging.expert_switch import FlashSwitch
 from mlx_flash.paging.policies import Policy
-from mlx_flash.paging.row_cache import RowCache
-from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.paging.slots.row_cache import RowCache
+from mlx_flash.paging.slots.slot_table import SlotTable
 from mlx_flash.runtime import load
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.support import fio
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.storage import huge_pages
 from mlx_flash.storage.direct_io import open_direct
 from mlx_flash.storage.reader import RowReader

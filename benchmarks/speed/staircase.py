@@ -47,7 +47,7 @@ from benchmarks.support.synthetic_opt import SMALL, Shape, make, words
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import make_policy
 from mlx_flash.paging.simulate import misses
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.predictors.low_rank import LowRank
 from mlx_flash.predictors.predictor import Prediction, union
 from mlx_flash.runtime.load import load_model

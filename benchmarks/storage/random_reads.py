@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.support import fio
 from benchmarks.support.fio import warm
 from benchmarks.support.machine import OUT, machine_name
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import RowFile
 from mlx_flash.storage.row_layout import RowLayout

@@ -41,7 +41,7 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
 from mlx_flash.paging.simulate import misses
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import select
 from mlx_flash.runtime.load import load_tokenizer

@@ -18,9 +18,9 @@ import mlx.nn as nn
 import numpy as np
 
 from .prefetch import Lookahead
-from .row_cache import RowCache
 from .row_stream import RowStream
 from .row_weights import bind_arrays
+from .slots.row_cache import RowCache
 from .sparse_ffn import SparseStats
 
 FEW = 4  # tokens at a time for which guessing what the next layer needs makes sense

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
 
-from .slot_memory import SlotMemory, slot_bytes
+from .slots.slot_memory import SlotMemory, slot_bytes
 
 Size = tuple[int, RowLayout]  # rows of a layer, and how they are laid out
 

@@ -11,8 +11,8 @@ import mlx.core as mx
 from mlx_flash.predictors.predictor import Predictor
 
 if TYPE_CHECKING:
-    from .row_cache import RowCache
     from .row_stream import RowStream
+    from .slots.row_cache import RowCache
 
 
 def best(scores: mx.array, top_k: int) -> mx.array:

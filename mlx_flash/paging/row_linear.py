@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_flash.models.families import Ffn, projections
 from mlx_flash.models.quantized_rows import QuantizedRows, QuantScheme, Rows, rows_of
 
-from .slot_memory import SlotMemory
+from .slots.slot_memory import SlotMemory
 
 
 class RowLinear(nn.Module):

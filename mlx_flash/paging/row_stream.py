@@ -23,8 +23,8 @@ from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
 
 from .prefetch import Guesses
-from .row_cache import RowCache
-from .slot_memory import SlotMemory, slot_bytes
+from .slots.row_cache import RowCache
+from .slots.slot_memory import SlotMemory, slot_bytes
 
 CHUNK_BYTES = 64 << 20  # of each of the two buffers, at most
 CHUNK_SHARE = 4  # and one row in so many, unless

@@ -15,7 +15,7 @@ from mlx_flash.predictors.predictor import Projection
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import RowFile
 
-from .slot_memory import SlotMemory
+from .slots.slot_memory import SlotMemory
 
 
 def bind_arrays(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:

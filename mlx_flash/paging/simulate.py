@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .policies import Policy
-from .slot_table import SlotTable
+from .slots.slot_table import SlotTable
 
 
 def misses(steps: Iterable[np.ndarray], rows: int, slots: int, policy: Policy) -> list[np.ndarray]:

@@ -26,9 +26,9 @@ from mlx_flash.models.quantized_rows import QuantScheme, Rows, rows_of
 from mlx_flash.predictors.predictor import Prediction, Predictor
 
 from .prefetch import Foresight
-from .row_cache import RowCache
 from .row_linear import bind_some
 from .row_stream import RowStream
+from .slots.row_cache import RowCache
 
 LONG_PROMPT = 64  # tokens from which on nobody is asked which rows they need
 STREAM_SHARE = 0.5  # of the rows; when several tokens need more, all are streamed

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_flash.common.files import digest_of
 from mlx_flash.common.user_cache import machine_name, recall, remember
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.storage.reader import RowReader
 
 FORMAT_VERSION = 2

@@ -24,7 +24,7 @@ from mlx_flash.models.registry import make_model
 from mlx_flash.paging import flash_embedding
 from mlx_flash.paging.row_stream import chunk_rows
 from mlx_flash.paging.row_weights import CHUNK_BYTES
-from mlx_flash.paging.slot_memory import slot_bytes
+from mlx_flash.paging.slots.slot_memory import slot_bytes
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import RowReader
 

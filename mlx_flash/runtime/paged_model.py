@@ -17,8 +17,8 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
 from mlx_flash.paging.layer_stream import LayerStream
 from mlx_flash.paging.policies import Policy
-from mlx_flash.paging.row_cache import RowCache
 from mlx_flash.paging.row_stream import RowStream
+from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.paging.sparse_ffn import SparseStats
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import ReadStats, RowReader

@@ -25,7 +25,6 @@ from mlx_flash.paging.expert_switch import FlashSwitch
 from mlx_flash.paging.layer_stream import LayerStream
 from mlx_flash.paging.policies import Policy
 from mlx_flash.paging.prefetch import Foresight, Lookahead
-from mlx_flash.paging.row_cache import RowCache
 from mlx_flash.paging.row_linear import PackedRows, use_rows
 from mlx_flash.paging.row_stream import RowStream
 from mlx_flash.paging.row_weights import (
@@ -35,6 +34,7 @@ from mlx_flash.paging.row_weights import (
     resident_projection,
     whole_layer,
 )
+from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.paging.sparse_ffn import SparseMLP, SparseStats
 from mlx_flash.paging.streamed_ffn import FlashLayer, FlashMLP
 from mlx_flash.predictors.predictor import Predictor

@@ -28,9 +28,7 @@ STILL_LONG = {
     "tests/mlx_flash/conversion/test_gguf.py",
     "tests/mlx_flash/conversion/test_quantised.py",
     "tests/mlx_flash/paging/test_expert_switch.py",
-    "tests/mlx_flash/paging/test_row_cache.py",
     "tests/mlx_flash/storage/test_linux_aio.py",
-    "tests/mlx_flash/storage/test_long_rows.py",
     "tests/mlx_flash/storage/test_reader.py",
     "tests/mlx_flash/storage/test_row_file.py",
 }

@@ -35,7 +35,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.quantized_rows import without
 from mlx_flash.paging.policies import LFU
 from mlx_flash.paging.simulate import misses
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.runtime.load import load_tokenizer

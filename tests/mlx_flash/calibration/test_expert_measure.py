@@ -33,7 +33,7 @@ from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
-from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.paging.slots.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.memory_plan import PagingRequirements, sparse_plan_of
 from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements

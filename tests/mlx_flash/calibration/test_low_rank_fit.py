@@ -10,7 +10,7 @@ import pytest
 from mlx_flash.calibration.neurons import activity, low_rank_fit
 from mlx_flash.errors import CalibrationError
 from mlx_flash.paging.policies import SlidingWindow
-from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.paging.slots.slot_table import SlotTable
 
 TOKENS, WIDTH, ROWS = 1536, 32, 96
 

@@ -47,7 +47,7 @@ from mlx_flash.errors import (
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.mixtures import ALIASES, MIXTURES, find_mixture, modules
 from mlx_flash.models.registry import get_classes, make_model
-from mlx_flash.paging.row_cache import RowCache
+from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.performance.inspection import describe
 from mlx_flash.runtime.load import load, load_model
 from mlx_flash.runtime.memory_plan import sparse_plan_of

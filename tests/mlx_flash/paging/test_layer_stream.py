@@ -16,7 +16,7 @@ from support.row_files import make
 from mlx_flash.errors import DamagedError, ReadError
 from mlx_flash.paging import layer_stream as module
 from mlx_flash.paging.layer_stream import LayerStream
-from mlx_flash.paging.slot_memory import SlotMemory
+from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
 

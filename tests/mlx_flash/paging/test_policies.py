@@ -23,7 +23,7 @@ from mlx_flash.paging.policies import (
     SlidingWindow,
     make_policy,
 )
-from mlx_flash.paging.slot_table import SlotTable
+from mlx_flash.paging.slots.slot_table import SlotTable
 from mlx_flash.runtime.load import load
 
 ROWS = 60

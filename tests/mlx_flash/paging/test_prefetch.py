@@ -17,8 +17,8 @@ from mlx_flash.errors import PredictorError, ReadError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import prefetch, row_stream
 from mlx_flash.paging.policies import make_policy
-from mlx_flash.paging.row_cache import RowCache
 from mlx_flash.paging.row_stream import RowStream
+from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 from mlx_flash.runtime.load import load, load_model

@@ -10,7 +10,7 @@ from support.row_files import make
 
 from mlx_flash.paging import simulate
 from mlx_flash.paging.policies import POLICIES, make_policy
-from mlx_flash.paging.row_cache import RowCache
+from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
 

@@ -7,7 +7,7 @@ import mmap
 import numpy as np
 import pytest
 
-from mlx_flash.paging.slot_memory import aligned_bytes
+from mlx_flash.paging.slots.slot_memory import aligned_bytes
 from mlx_flash.storage import huge_pages
 from mlx_flash.storage.huge_pages import HUGE_PAGE, ask_for
 

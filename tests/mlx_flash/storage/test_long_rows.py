@@ -5,62 +5,25 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable
 from contextlib import closing
-from unittest import mock
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from support.disks import StrictDisk, assert_read, slots_for
+from support.expert_rows import EXPERT, LAYOUTS, LONGER, ROWS, ask, gated_reader, make
 from support.row_files import flip, header_of, with_header
 
 from mlx_flash.errors import DamagedError, ReadError, RowFileError
-from mlx_flash.paging.policies import LRU, SlidingWindow
-from mlx_flash.paging.row_cache import RowCache
-from mlx_flash.storage.reader import BEHIND, RowReader
+from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_file import RowFile, file_bytes
 from mlx_flash.storage.row_layout import MAX_PADDING, PAGE, SECTOR, RowLayout
 from mlx_flash.storage.row_writer import RowFileWriter
 
-# As experts are: packed numbers, scales, biases of three matrices.
-EXPERT = RowLayout.of(
-    [
-        (f"{name}.{kind}", dtype, shape)
-        for name in ("gate", "up", "down")
-        for kind, dtype, shape in (
-            ("weight", "U32", (64, 64)),
-            ("scales", "BF16", (64, 8)),
-            ("biases", "BF16", (64, 8)),
-        )
-    ],
-    SECTOR,
-)
-LONGER = RowLayout.of([("a", "F32", (100, 128)), ("b", "BF16", (64, 64))], SECTOR)
 NEURON = RowLayout.of(
     [("gate", "U32", (8,)), ("gate.scales", "F32", (1,)), ("gate.biases", "F32", (1,))],
     SECTOR,
     pad=False,
 )
-ROWS = [6, 4, 9]
-LAYOUTS = [EXPERT, LONGER, EXPERT]
-
-
-def make(path, layouts=LAYOUTS, rows=ROWS, unit="expert"):
-    """A file of layers of several layouts, opened, and its layers' bytes."""
-    rng = np.random.default_rng(0)
-    layers = []
-    for layout, count in zip(layouts, rows, strict=True):
-        block = np.zeros((count, layout.stride), np.uint8)
-        layout.pack([rng.integers(0, 256, (count, p.nbytes)) for p in layout.parts], block)
-        layers.append(block)
-    with mock.patch.object(os, "fsync"):
-        writer = RowFileWriter(path, layouts, rows, "a source", unit)
-        for i, block in enumerate(layers):
-            writer.write(i, [block])
-        writer.close()
-    return RowFile(path), layers
-
 
 # Layouts
 
@@ -300,38 +263,10 @@ def test_memory_for_long_rows(tmp_path):
 # Reads behind those that are needed
 
 
-class Gate:
-    """os.preadv that waits for a word, and tells that it was called."""
-
-    def __init__(self, real: Callable[..., int]) -> None:
-        self.real, self.word, self.begun = real, threading.Event(), threading.Event()
-        self.offsets: list[int] = []
-        self.held = range(0)
-
-    def __call__(self, fd, buffers, offset):
-        self.offsets.append(offset)
-        if offset in self.held:
-            self.begun.set()
-            self.word.wait()
-        return self.real(fd, buffers, offset)
-
-
 @pytest.fixture
 def gated(tmp_path, monkeypatch):
-    """(reader, gate, layers' bytes): reads of layer 0 wait for the gate's word."""
-    file, layers = make(tmp_path / "rows")
-    reader = RowReader(file, threads=4, gap_bytes=0, engine="threads")
-    gate = Gate(os.preadv)
-    gate.held = range(file.layers[0].offset, file.layers[1].offset)
-    monkeypatch.setattr(os, "preadv", gate)
-    yield reader, gate, layers
-    gate.word.set()
-    reader.close()
-
-
-def ask(reader, layer, rows, slots, out, behind=False):
-    read = reader.prepare(np.array(rows), np.array(slots), out, layer)
-    return reader.submit(layer, read, behind)
+    with gated_reader(tmp_path, monkeypatch) as found:
+        yield found
 
 
 def test_reads_behind_wait_for_needed_ones(gated):
@@ -408,176 +343,3 @@ def test_a_read_behind_that_fails(gated, monkeypatch):
     with pytest.raises(ReadError, match="layer 2, row 4"):
         reader.wait(later)
     assert reader._needed == reader._under_way == 0
-
-
-# Slots that are filled ahead
-
-
-def rows_of(*numbers: int) -> np.ndarray:
-    return np.array(numbers, np.int64)
-
-
-@pytest.fixture
-def cache(gated):
-    """(cache of three of the layer's nine rows, reader, gate, the layer's bytes)."""
-    reader, gate, layers = gated
-    return RowCache(reader, 2, 3, LRU(9), exact=True), reader, gate, layers[2]
-
-
-def assert_holds(cache, block):
-    for slot, row in enumerate(cache.rows()):
-        for part, view in zip(EXPERT.parts, cache.memory.views, strict=True):
-            expected = block[row, part.offset : part.offset + part.nbytes]
-            assert np.array_equal(view[slot, : part.nbytes], expected), (row, part.name)
-
-
-def hold(reader, gate):
-    """A needed read that is under way until the gate's word: no read behind begins."""
-    futures = ask(reader, 0, [1], [0], slots_for(EXPERT, 1))
-    gate.begun.wait()
-    return futures
-
-
-def test_foretold_rows_are_hits(cache):
-    cache, reader, _, block = cache
-    cache.fetch(rows_of(1))
-    cache.foretell(rows_of(1, 4, 7))
-    assert (cache.foretold, cache.useful) == (2, 0), "what is there already is not foretold"
-    assert cache.fetch(rows_of(4)).all()
-    assert (cache.useful, cache.hits, cache.misses) == (1, 1, 1)
-    cache.fetch(rows_of(7))
-    assert cache.useful == 1, "a guess is for the next step"
-    assert (cache.hits, cache.misses) == (2, 1)
-    assert_holds(cache, block)
-    assert reader.stats().bytes_read == 3 * EXPERT.stride
-
-
-def test_foretold_rows_that_are_not_read_yet(cache, monkeypatch):
-    """Asked for anew where they wait behind needed reads; waited for where they are under way."""
-    cache, reader, gate, block = cache
-    busy = hold(reader, gate)
-    begun, run_behind = threading.Semaphore(0), reader._run_behind
-
-    def run(*args):
-        begun.release()
-        run_behind(*args)
-
-    monkeypatch.setattr(reader, "_run_behind", run)
-    cache.foretell(rows_of(2, 3, 8))
-    for _ in range(BEHIND):
-        begun.acquire()
-    asked, read, wait = [], cache._read, reader.wait
-
-    def read_now(rows, *args):
-        asked.extend(rows.tolist())
-        return read(rows, *args)
-
-    def wait_now(futures):
-        gate.word.set()
-        wait(futures)
-
-    monkeypatch.setattr(cache, "_read", read_now)
-    monkeypatch.setattr(reader, "wait", wait_now)
-    cache.fetch(rows_of(2, 3, 8))
-    wait(busy)
-    assert len(asked) == 3 - BEHIND
-    assert (cache.useful, cache.hits, cache.misses) == (3, 3, 0)
-    assert_holds(cache, block)
-    assert not cache._pending
-
-
-def test_foretold_rows_that_leave_before_they_are_read(cache, monkeypatch):
-    """Nothing is written into a slot that has become another row's."""
-    cache, reader, gate, block = cache
-    busy = hold(reader, gate)
-    cache.foretell(rows_of(0, 1, 2))
-    dropped, drop = [], reader.drop
-
-    def drop_now(futures):
-        dropped.append(len(futures))
-        gate.word.set()
-        drop(futures)
-        assert all(future.done() for future in futures)
-
-    monkeypatch.setattr(reader, "drop", drop_now)
-    cache.foretell(rows_of(3, 4, 5))
-    assert dropped == [1, 1, 1]
-    cache.fetch(rows_of(6, 7, 8))
-    reader.wait(busy)
-    assert (cache.foretold, cache.useful) == (6, 0)
-    assert not cache._pending
-    assert sorted(cache.rows().tolist()) == [6, 7, 8]
-    assert_holds(cache, block)
-
-
-def test_foretelling_more_rows_than_slots(cache):
-    cache, _, _, block = cache
-    cache.foretell(np.arange(9))
-    assert cache.foretold == 3
-    cache.fetch(rows_of(0, 1, 2))
-    assert cache.useful == 3
-    assert_holds(cache, block)
-
-
-def test_foretelling_nothing(cache):
-    cache, reader, _, _ = cache
-    cache.foretell(rows_of())
-    assert cache.foretold == 0
-    assert reader.stats().requests == 0
-
-
-def test_a_window_is_not_read_ahead(gated):
-    """A window holds what the last tokens used: nothing is foretold there, and nothing counted."""
-    reader, _, _ = gated
-    cache = RowCache(reader, 2, 3, SlidingWindow(9, 2), exact=True)
-    cache.foretell(rows_of(1, 2))
-    assert (cache.foretold, cache.table.num_used) == (0, 0)
-    cache.fetch(rows_of(1))
-    assert (cache.useful, cache.misses) == (0, 1)
-    assert reader.stats().bytes_read == EXPERT.stride
-
-
-def test_what_was_built_on_slots_is_done_before_they_are_foretold_over(cache):
-    cache, _, _, block = cache
-    cache.fetch(rows_of(0, 1, 2))
-    total = cache.memory.arrays["gate.weight"][cache.table.slot_of[0]].astype(mx.float32).sum()
-    cache.retain_until_evaluated(total)
-    cache.foretell(rows_of(3, 4, 5))
-    for reads in cache._pending.values():
-        cache._reader.wait(reads)
-    part = EXPERT.parts[0]
-    expected = block[0, : part.nbytes].copy().view(np.uint32).astype(np.float32).sum()
-    assert abs(total.item() / expected - 1) < 1e-5
-
-
-def test_a_foretold_read_that_fails(cache):
-    """It is told when its row is needed; the cache is empty then, and works again."""
-    cache, _, gate, block = cache
-    real = gate.real
-
-    def fail(_fd, _buffers, _offset):
-        raise OSError(errno.EIO, "Input/output error")
-
-    gate.real = fail
-    cache.foretell(rows_of(2, 5))
-    for reads in cache._pending.values():
-        with pytest.raises(ReadError):
-            cache._reader.wait(reads)
-    gate.real = real
-    with pytest.raises(ReadError, match=r"layer 2, row [25]"):
-        cache.fetch(rows_of(2, 5))
-    assert cache.table.num_used == 0
-    cache.fetch(rows_of(2, 5))
-    assert_holds(cache, block)
-
-
-def test_claim_waits_for_what_was_foretold(cache):
-    cache, _, _, block = cache
-    cache.foretell(rows_of(1, 4))
-    here, keep = cache.reserve(rows_of(0, 1, 4, 6, 8))
-    assert (here >= 0).tolist() == [False, True, True, False, False]
-    assert (keep >= 0).sum() == 1
-    for row, slot in zip((1, 4), here[1:3], strict=True):
-        part = EXPERT.parts[0]
-        found = cache.memory.views[0][slot, : part.nbytes]
-        assert np.array_equal(found, block[row, : part.nbytes])

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_flash.errors import CacheError
 
-from .policies import Policy
+from ..policies import Policy
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_flash.storage.reader import RowReader
 
-from .policies import Policy
+from ..policies import Policy
 from .slot_memory import SlotMemory
 from .slot_table import SlotTable, Update
 
