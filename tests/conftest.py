@@ -3,9 +3,19 @@
 import functools
 
 import pytest
+from hypothesis import settings
 
 from mlx_flash.paging import row_stream
 from mlx_flash.storage.reader import RowReader
+
+# The same examples every time, so that two runs differ by the code alone; with --whole others each
+# time, and more.
+settings.register_profile("same", deadline=None, derandomize=True, database=None)
+settings.register_profile("whole", deadline=None, max_examples=300, print_blob=True)
+
+
+def pytest_configure(config):
+    settings.load_profile("whole" if config.getoption("--whole") else "same")
 
 
 def pytest_addoption(parser):

@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from os import stat_result
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ class Tensor(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return self.shape[0] if len(self.shape) > 1 else 1
+        return prod(self.shape[:-1])
 
     @property
     def end(self) -> int:
