@@ -23,7 +23,7 @@ from mlx_flash.model_directory.config import read_config
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.models.dtypes import DTYPES
-from mlx_flash.models.quantized_rows import QuantScheme, rows_of, scheme
+from mlx_flash.models.quantized_rows import QuantScheme, rows_of, scheme_from
 from mlx_flash.models.registry import make_model
 
 
@@ -190,7 +190,7 @@ class _DirectoryTensors:
 
     def _scheme(self, base: str) -> QuantScheme:
         own = self._default.get(base) if self._default else None
-        return scheme(own if isinstance(own, dict) else self._default)
+        return scheme_from(own if isinstance(own, dict) else self._default)
 
     def take(self, name: str) -> mx.array:
         if name in self._places:

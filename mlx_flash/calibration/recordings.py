@@ -30,7 +30,7 @@ from mlx_flash.common.sizes import show
 from mlx_flash.errors import CalibrationError, FlashError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.activations import Activation
-from mlx_flash.models.dtypes import UNITS
+from mlx_flash.models.dtypes import BIT_VIEWS
 
 from .probes import Seen
 
@@ -242,7 +242,7 @@ def _raw(seen: Seen, what: str) -> np.ndarray:
         active = np.array(seen.h != 0).reshape(-1, seen.h.shape[-1])
         return np.packbits(active, axis=-1)
     array = getattr(seen, what)
-    bits = mx.contiguous(array).view(UNITS[array.dtype.size])
+    bits = mx.contiguous(array).view(BIT_VIEWS[array.dtype.size])
     return np.ascontiguousarray(np.array(bits))
 
 

@@ -61,3 +61,6 @@ class Packing:
             raise ModelError("quantise or dequantise, not both")
         if self.recipe and not self.scheme:
             raise ModelError(f"recipe {self.recipe} is for quantising; ask for that, too (-q)")
+
+
+AS_IT_IS = Packing()

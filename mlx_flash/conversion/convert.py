@@ -30,8 +30,8 @@ from mlx_flash.model_directory.config import (
     locate_ffn,
     write_config,
 )
-from mlx_flash.models.dtypes import CODES, DTYPES
-from mlx_flash.models.quantized_rows import request
+from mlx_flash.models.dtypes import DTYPE_NAMES, DTYPES
+from mlx_flash.models.quantized_rows import requested_scheme
 from mlx_flash.models.registry import make_model
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import Predictors
@@ -90,7 +90,7 @@ def convert(
     writing.check_target(target, force, source)
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode != "affine"):
         raise ModelError("bits, group size and mode are for quantising; ask for that, too (-q)")
-    scheme = request(q_bits, q_group_size, q_mode) if quantize else None
+    scheme = requested_scheme(q_bits, q_group_size, q_mode) if quantize else None
     packing = Packing(dtype, scheme, quant_predicate, dequantize)
     changes = Adapter.open(adapter) if adapter else None
     checkpoint = open_checkpoint(source, packing, changes)
@@ -254,7 +254,7 @@ def _write_shard(
     for name in names:
         end = at + _nbytes(checkpoint, name)
         header[name] = {
-            "dtype": CODES[checkpoint.dtypes[name]],
+            "dtype": DTYPE_NAMES[checkpoint.dtypes[name]],
             "shape": list(checkpoint.shapes[name]),
             "data_offsets": [at, end],
         }

@@ -21,11 +21,11 @@ from mlx_flash.model_directory.config import locate_ffn, read_config
 from mlx_flash.models import families
 from mlx_flash.models.dtypes import FLOATS
 from mlx_flash.models.families import Ffn, rowwise
-from mlx_flash.models.quantized_rows import QuantScheme, scheme
+from mlx_flash.models.quantized_rows import QuantScheme, scheme_from
 from mlx_flash.models.registry import make_model
 
 from .adapter import Adapter
-from .checkpoint import Packing
+from .checkpoint import AS_IT_IS, Packing
 from .quantization import dequantised, found_in, quantise_modules, recipe_predicate
 from .turbosparse import shipped
 
@@ -44,7 +44,9 @@ class HFCheckpoint:
     which mlx-lm stacks a layer's experts.
     """
 
-    def __init__(self, path: Path, packing: Packing, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, path: Path, packing: Packing = AS_IT_IS, adapter: Adapter | None = None
+    ) -> None:
         self.path = path
         self.config = read_config(path)
         if adapter:
@@ -64,7 +66,7 @@ class HFCheckpoint:
             self.fingerprint += adapter.sha256[:16]
             if quantization and not packing.dequantize:
                 raise ModelError(
-                    f"{path} is quantised ({scheme(quantization)}) and an adapter changes floats; "
+                    f"{path} is quantised ({scheme_from(quantization)}) and an adapter changes floats; "
                     "add --dequantize, or convert the float checkpoint"
                 )
         self.row_scheme: QuantScheme | None = None
@@ -72,7 +74,7 @@ class HFCheckpoint:
             if quantization:
                 if packing.scheme:
                     raise ModelError(
-                        f"quantised already ({scheme(quantization)}); leave -q out, or convert the "
+                        f"quantised already ({scheme_from(quantization)}); leave -q out, or convert the "
                         "float checkpoint"
                     )
                 self._set_quantization(quantise_modules(model, quantization, weights))

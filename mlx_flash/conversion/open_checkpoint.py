@@ -12,11 +12,10 @@ from mlx_flash.errors import ModelError
 from mlx_flash.models.quantized_rows import QuantScheme
 
 from .adapter import Adapter
-from .checkpoint import Checkpoint, Packing
+from .checkpoint import AS_IT_IS, Checkpoint, Packing
 from .gguf.checkpoint import GGUFCheckpoint
 from .huggingface import HFCheckpoint
 
-AS_IT_IS = Packing()
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

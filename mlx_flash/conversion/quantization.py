@@ -18,7 +18,7 @@ from mlx_lm import utils
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from mlx_flash.errors import ModelError
-from mlx_flash.models.quantized_rows import SUFFIXES, QuantizedRows, QuantScheme, scheme
+from mlx_flash.models.quantized_rows import SUFFIXES, QuantizedRows, QuantScheme, scheme_from
 
 FOREIGN = {"mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}  # quant_method -> mlx-lm's own
 
@@ -26,7 +26,7 @@ FOREIGN = {"mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}  # quant_met
 def scheme_of(config: Mapping[str, Any], path: str) -> QuantScheme:
     """What a config with the quantisation of ``quantise_modules`` says of the module at a path."""
     quantization = config["quantization"]
-    return scheme(quantization.get(path) or quantization)
+    return scheme_from(quantization.get(path) or quantization)
 
 
 def found_in(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def quantise_modules(
     Raises:
         ModelError: the config contradicts the tensors, or MLX has no such scheme.
     """
-    default = scheme(quantization)
+    default = scheme_from(quantization)
     normalised: dict[str, Any] = default.kwargs()
     problems: list[str] = []
     other = total = 0
@@ -89,8 +89,8 @@ def quantise_modules(
         except (ValueError, KeyError, ZeroDivisionError) as error:
             problems.append(str(error))
             return False
-        found = scheme(tensors)
-        if isinstance(said, dict) and (named := scheme(said)) != found:
+        found = scheme_from(tensors)
+        if isinstance(said, dict) and (named := scheme_from(said)) != found:
             problems.append(f"{path}: {named} in config.json, {found} in the tensors")
         total += 1
         if found != default:

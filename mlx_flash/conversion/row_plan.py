@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_flash.errors import ModelError
 from mlx_flash.models import families, mixtures
-from mlx_flash.models.dtypes import CODES, DTYPES, UNITS
+from mlx_flash.models.dtypes import BIT_VIEWS, DTYPE_NAMES, DTYPES, FLOAT_NAMES
 from mlx_flash.models.families import Ffn, projections, weight_shapes
 from mlx_flash.models.mixtures import Mixture
 from mlx_flash.models.quantized_rows import SUFFIXES, QuantScheme
@@ -29,7 +29,6 @@ from mlx_flash.storage.row_layout import RowLayout
 from .checkpoint import Checkpoint
 
 BLOCK_BYTES = 16 << 20
-FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass
@@ -213,7 +212,7 @@ def _whole(checkpoint: Checkpoint, names: dict[str, str], skip: int) -> RowLayou
         raise ModelError(f"tensors of one number an expert are not read: {', '.join(single)}")
     return RowLayout.of(
         [
-            (part, CODES[checkpoint.dtypes[name]], tuple(checkpoint.shapes[name][skip:]))
+            (part, DTYPE_NAMES[checkpoint.dtypes[name]], tuple(checkpoint.shapes[name][skip:]))
             for part, name in names.items()
         ]
     )
@@ -229,7 +228,7 @@ def _aligned(layouts: list[RowLayout]) -> list[RowLayout]:
 
 
 def _one_type(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    types = {CODES[checkpoint.dtypes[name]] for name in names}
+    types = {DTYPE_NAMES[checkpoint.dtypes[name]] for name in names}
     if len(types) != 1:
         raise ModelError(
             f"FFN weights are of several types ({', '.join(sorted(types))}); "
@@ -240,13 +239,13 @@ def _one_type(checkpoint: Checkpoint, names: Sequence[str]) -> str:
 
 def _float_of(checkpoint: Checkpoint) -> str:
     """The float type of most of a checkpoint's tensors: what it computes in."""
-    codes = [CODES[dtype] for dtype in checkpoint.dtypes.values()]
-    return max(FLOATS, key=codes.count)
+    codes = [DTYPE_NAMES[dtype] for dtype in checkpoint.dtypes.values()]
+    return max(FLOAT_NAMES, key=codes.count)
 
 
 def raw(array: mx.array) -> np.ndarray:
     """The bits of an array as unsigned integers (numpy has no bfloat16); no copy."""
-    bits = array.view(UNITS[array.dtype.size])
+    bits = array.view(BIT_VIEWS[array.dtype.size])
     mx.eval(bits)
     return np.array(bits, copy=False)
 

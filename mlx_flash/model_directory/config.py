@@ -54,9 +54,13 @@ def _untagged(value: dict[str, Any]) -> Any:
 
 
 def locate_ffn(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture | None]:
-    """Where a directory's model keeps its FFN: in the table of dense families, or of mixtures.
+    """The entry of a config's model in the table of dense families or in that of mixtures.
 
-    One of the two is None. Errors name the file.
+    Returns:
+        (dense, mixture), one of which is None.
+
+    Raises:
+        ModelError: neither table has the family, or the config contradicts it; names the file.
     """
     try:
         mixture = mixtures.find_mixture(config)
@@ -64,7 +68,10 @@ def locate_ffn(config: dict[str, Any], path: Path) -> tuple[Ffn | None, Mixture 
     except FlashError as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path / 'config.json'} makes no sense: {error}") from error
+        raise ModelError(
+            f"{path / 'config.json'} has a value of the wrong kind: {error}; expected the config "
+            "that the model was published with"
+        ) from error
 
 
 def config_sha256(config: dict[str, Any]) -> str:

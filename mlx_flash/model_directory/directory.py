@@ -15,7 +15,7 @@ from mlx_flash.common.files import sha256_of
 from mlx_flash.errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import Ffn
-from mlx_flash.models.quantized_rows import QuantScheme, scheme
+from mlx_flash.models.quantized_rows import QuantScheme, scheme_from
 from mlx_flash.storage.row_file import RowFile
 
 from .config import FORMAT_VERSION, config_sha256, locate_ffn, read_config
@@ -54,13 +54,15 @@ class ModelDirectory:
             fingerprint, layouts = flash["rows_fingerprint"], flash["layouts"]
             self.unit = str(flash["unit"])
             self.dtype = DTYPES[flash["dtype"]]
-            packing = flash["quantization"]
-            self.scheme: QuantScheme | None = scheme(packing) if packing else None
+            quantisation = flash["quantization"]
+            self.scheme: QuantScheme | None = (
+                scheme_from(quantisation) if quantisation else None
+            )
             self._config_sha256: str = flash["config_sha256"]
         except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
             raise ModelError(
-                f"the flash object in {self.path / 'config.json'} makes no sense ({error!r}); "
-                "convert the model again"
+                f"the flash object in {self.path / 'config.json'} lacks a key, or one has another "
+                f"type than expected ({error!r}); convert the model again"
             ) from error
         self.rows = self._open_rows(row_file, fingerprint, layouts)
         for name, entry in self.files.items():

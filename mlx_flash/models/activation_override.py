@@ -1,9 +1,7 @@
-"""Models of mlx-lm with another FFN: that of their config instead of a hard-coded one.
+"""mlx-lm's models with the activation of their config, where mlx-lm's FFN has another one built in.
 
-Everything but the activation stays mlx-lm's, the projections and their names too.
-
-Knows: how a layer's FFN is taken out and another put in. Does not know: which families need that
-(the table in ``families``), rows, paging.
+Only each layer's FFN module is replaced; its projections and their names stay. ``families`` says
+which models need it.
 """
 
 from __future__ import annotations
@@ -13,13 +11,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flash.models.decoders.common import TransformersArgs
-
+from .decoders.common import TransformersArgs
 from .families import Ffn, gate_function, projections, up_function
 
 
 class MLP(nn.Module):
-    """What a table entry says, over the projections of the module that it replaces."""
+    """The FFN that a table entry describes, over the projections of the module it replaces.
+
+    Args:
+        mlp: mlx-lm's FFN module.
+        ffn: the entry.
+    """
 
     def __init__(self, mlp: nn.Module, ffn: Ffn) -> None:
         super().__init__()
@@ -36,8 +38,8 @@ class MLP(nn.Module):
         return self[ffn.down](h)
 
 
-def refit(model_class: type, args_class: type, ffn: Ffn) -> tuple[type, type]:
-    """(model class, arguments class) like those given, every layer's FFN as ``ffn`` says."""
+def override_activation(model_class: type, args_class: type, ffn: Ffn) -> tuple[type, type]:
+    """(model class, arguments class) like those given, with every layer's FFN as ``ffn`` says."""
 
     class Model(model_class):
         def __init__(self, args: Any) -> None:

@@ -34,8 +34,9 @@ FOLLOWED = {
     "gelu": "gelu",
     "relu": "relu",
 }
-# The same, in the families whose FFN ``models.refit`` replaces where mlx-lm's does another thing.
-REFITTED = NAMES | {"fatrelu": "fatrelu"}
+# The same, in the families whose activation ``activation_override`` replaces where mlx-lm's module
+# computes another one.
+OVERRIDDEN = NAMES | {"fatrelu": "fatrelu"}
 THRESHOLD = "hidden_act_param"  # key of the threshold of fatrelu
 
 
@@ -58,7 +59,7 @@ class Ffn:
         follows_config: the module computes the activation that the config names.
         followed: config value -> function, if so.
         built_in: what mlx-lm's module computes, whatever the config says, in a family where
-            ``models.refit`` puts in another one if need be; None where that is not done.
+            ``activation_override`` puts in another one if need be; None where that is not done.
         norm: name of a norm inside the module, applied to x first.
         experts: key of the config that tells a mixture, and its largest value in a dense model.
     """
@@ -90,8 +91,8 @@ class Ffn:
         return ("gate", "up", "down") if self.gate or self.fused else ("up", "down")
 
     @property
-    def refitted(self) -> bool:
-        """Whether the module is that of ``models.refit``, in the place of mlx-lm's."""
+    def overridden(self) -> bool:
+        """Whether ``activation_override`` replaces mlx-lm's module."""
         return self.built_in is not None and self.built_in != self.activation
 
 
@@ -107,9 +108,9 @@ def _ungated(up: str, down: str, activation: str, config_activations: tuple[str,
     return Ffn("mlp", up, down, None, None, activation, config_activations)
 
 
-def _refit(**other: Any) -> Ffn:
-    """An FFN that does what the config says, if not by mlx-lm then by ``models.refit``."""
-    return Ffn(**{"follows_config": True, "followed": REFITTED, "built_in": "silu"} | other)
+def _overridable(**other: Any) -> Ffn:
+    """An FFN with the config's activation: mlx-lm's module, or that of ``activation_override``."""
+    return Ffn(**{"follows_config": True, "followed": OVERRIDDEN, "built_in": "silu"} | other)
 
 
 def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
@@ -128,13 +129,13 @@ def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
 
 FAMILIES: dict[str, Ffn] = {
     # SwiGLU under llama's names, or what the config says.
-    "llama": _refit(),
-    "bypass_llama": _refit(),
-    "minicpm": _refit(),
-    "mistral": _refit(),
-    "sparsellama": _refit(),
+    "llama": _overridable(),
+    "bypass_llama": _overridable(),
+    "minicpm": _overridable(),
+    "mistral": _overridable(),
+    "sparsellama": _overridable(),
     # The same, relu on gate and up.
-    "bamboo": _refit(activation="relu", up_activation="relu", followed={"relu": "relu"}),
+    "bamboo": _overridable(activation="relu", up_activation="relu", followed={"relu": "relu"}),
     # SwiGLU under llama's names. IQuest-Coder and XVERSE run as llama in mlx-lm, as Mistral does.
     "iquestcoder": Ffn(),
     "xverse": Ffn(),
@@ -204,7 +205,7 @@ FAMILIES: dict[str, Ffn] = {
     "gptj": _ungated("fc_in", "fc_out", "gelu_approx", GELU),
     "nanochat": _ungated("c_fc", "c_proj", "relu2", RELU2),
     "nemotron": _ungated("up_proj", "down_proj", "relu2", RELU2),
-    "phi": _refit(
+    "phi": _overridable(
         up="fc1", down="fc2", gate=None, activation="gelu_approx", built_in="gelu_approx"
     ),
     "starcoder2": _ungated("c_fc", "c_proj", "gelu", GELU),

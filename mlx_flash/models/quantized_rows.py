@@ -1,7 +1,4 @@
-"""Quantised rows: the schemes of MLX's quantisation, and matmuls with rows that are packed or not.
-
-Knows: bits, groups, modes. Does not know: configs beyond one entry, files, families, mlx-lm.
-"""
+"""Rows of numbers, quantised or not: MLX's quantisation schemes and products with such rows."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32)}  # mode -> bi
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """One way of packing numbers: ``bits`` each, a scale for every ``group_size`` of them."""
+    """One of MLX's quantisations: ``bits`` a number, a scale for every ``group_size`` numbers."""
 
     bits: int
     group_size: int
@@ -34,7 +31,7 @@ class QuantScheme:
             if type(self.bits) is not int or type(self.group_size) is not int:
                 raise TypeError("expected whole numbers")
             if self.bits < 1 or self.group_size < 1:  # MLX divides by them
-                raise ValueError("expected numbers from 1 on")
+                raise ValueError("expected 1 or more")
             row = mx.zeros((1, 32 * self.group_size))
             mx.quantize(row, self.group_size, self.bits, mode=self.mode)
         except (ValueError, TypeError, OverflowError) as error:
@@ -45,24 +42,24 @@ class QuantScheme:
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Names of the tensors that go with the packed one."""
+        """What the names of the tensors that go with the packed one end in."""
         return SUFFIXES if self.mode == "affine" else SUFFIXES[:1]
 
     def words(self, numbers: int) -> int:
-        """How many 32-bit words so many numbers take.
+        """32-bit words that a row of ``numbers`` takes.
 
         Raises:
-            ModelError: they are no whole groups.
+            ModelError: the row is not a multiple of the group size.
         """
         if numbers % self.group_size:
             raise ModelError(
-                f"{numbers} numbers are no whole groups of {self.group_size}; choose a smaller "
-                "--q-group-size, or leave -q out"
+                f"rows of {numbers} numbers cannot be quantised in groups of {self.group_size}; "
+                f"choose a --q-group-size that divides {numbers}, or leave -q out"
             )
         return numbers * self.bits // 32
 
     def scale_type(self, dtype: str) -> str:
-        """Safetensors name of the scales' type where floats are of ``dtype``."""
+        """Type of the scales in a model whose floats are ``dtype``; safetensors' names."""
         return dtype if self.mode == "affine" else "U8"
 
     def quantize(self, array: mx.array) -> list[mx.array]:
@@ -108,36 +105,41 @@ Rows = mx.array | QuantizedRows
 
 
 def rows_of(arrays: Mapping[str, mx.array], part: str, scheme: QuantScheme | None) -> Rows:
-    """One part of rows, packed if there is a scheme, out of arrays by the names of parts."""
+    """One part of rows (gate, up, down) out of arrays by part; quantised if there is a scheme."""
     if scheme is None:
         return arrays[part]
     return QuantizedRows((arrays[part], *(arrays[f"{part}.{s}"] for s in scheme.suffixes)), scheme)
 
 
 def part_names(part: str, scheme: QuantScheme | None) -> list[str]:
-    """What a part of a row is called in a row's layout, with its scales."""
+    """Names that a part of a row has in a layout: its own, then those of its scales."""
     return [part, *(f"{part}.{s}" for s in scheme.suffixes)] if scheme else [part]
 
 
 def without(names: Sequence[str], part: str | None) -> list[str]:
-    """Names of a layout's parts but for one of them and its scales."""
+    """Names of a layout's parts, leaving out one part and its scales."""
     return [name for name in names if name.split(".")[0] != part]
 
 
-def scheme(entry: Mapping[str, Any]) -> QuantScheme:
-    """A scheme from an entry of a config.
+def scheme_from(entry: Mapping[str, Any]) -> QuantScheme:
+    """The scheme that an entry of config.json describes.
+
+    Args:
+        entry: bits, group_size and, unless affine, mode.
 
     Raises:
-        ModelError: MLX has no such scheme.
+        ModelError: a key is missing, or MLX has no such scheme.
     """
     try:
         return QuantScheme(entry["bits"], entry["group_size"], entry.get("mode", "affine"))
     except (KeyError, TypeError) as error:
-        raise ModelError(f"a quantisation that makes no sense: {dict(entry)!r:.200}") from error
+        raise ModelError(
+            f"the quantisation in config.json is {dict(entry)!r:.200}; expected bits and group_size"
+        ) from error
 
 
-def request(bits: int | None, group_size: int | None, mode: str = "affine") -> QuantScheme:
-    """The scheme asked for, with the mode's defaults."""
+def requested_scheme(bits: int | None, group_size: int | None, mode: str = "affine") -> QuantScheme:
+    """The scheme of ``--q-bits``, ``--q-group-size`` and ``--q-mode``; None is the mode's default."""
     if mode not in DEFAULTS:
         raise ModelError(f"quantisation mode {mode!r}; expected one of {', '.join(DEFAULTS)}")
     default_bits, default_group = DEFAULTS[mode]

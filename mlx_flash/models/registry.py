@@ -1,48 +1,60 @@
-"""Which classes make a config's model: the decoders of ``models``, or mlx-lm's own.
+"""Which classes make the model of a config: a decoder of this package, or mlx-lm's own.
 
-Knows: the families that mlx-lm lacks or computes wrongly. Does not know: what is done with the
-classes.
+A file in ``decoders`` says for itself what it is for, so that a new one needs no entry here:
+
+    MODEL_TYPES      the ``model_type`` of configs that it makes
+    OVERRIDE_TYPES   those that it makes where the activation is not the one mlx-lm computes
+    IN_TRANSFORMERS  False where transformers has no such model
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+from types import ModuleType
 from typing import Any
 
 from mlx_lm import utils
 
-from . import families
-from .activation_override import refit
+from . import decoders, families
+from .activation_override import override_activation
 
-# model_type -> module of ``models``.
-OWN = {
-    "RefinedWeb": "falcon",
-    "RefinedWebModel": "falcon",
-    "bamboo": "bamboo",
-    "bypass_llama": "bypass_llama",
-    "falcon": "falcon",
-    "minicpm": "minicpm",
-    "opt": "opt",
-    "persimmon": "persimmon",
-}
-INVENTED = ("bypass_llama",)  # which transformers has never heard of
+MODULES: list[ModuleType] = [
+    importlib.import_module(f"{decoders.__name__}.{entry.name}")
+    for entry in pkgutil.iter_modules(decoders.__path__)
+]
+
+
+def _by_type(attribute: str) -> dict[str, ModuleType]:
+    """model_type -> decoder module, as the modules say under an attribute."""
+    return {
+        model_type: module for module in MODULES for model_type in getattr(module, attribute, ())
+    }
+
+
+DECODERS = _by_type("MODEL_TYPES")
+OVERRIDE_DECODERS = DECODERS | _by_type("OVERRIDE_TYPES")
 RUNS_AS = {"sparsellama": "llama"}  # model_type -> that of mlx-lm
-REFITTED = {"mistral": "bamboo"}  # the same as OWN, where the activation is not mlx-lm's
+
+
+def in_transformers(model_type: str | None) -> bool:
+    """Whether transformers has a model of this type, too; True for what is unknown here."""
+    return getattr(DECODERS.get(model_type or ""), "IN_TRANSFORMERS", True)
 
 
 def get_classes(config: dict[str, Any]) -> tuple[type, type]:
     """(model class, arguments class); what mlx-lm's ``load_model`` takes as ``get_model_classes``.
 
     Raises:
-        ValueError: neither has the config's ``model_type``.
+        ValueError: neither this package nor mlx-lm has the config's ``model_type``.
         ModelError: the config names an activation that is not known.
     """
     model_type = config["model_type"]
-    module, known = OWN.get(model_type), families.FAMILIES.get(model_type)
+    known = families.FAMILIES.get(model_type)
     ffn = families.find(config) if known and known.built_in else None
-    if ffn is None or not ffn.refitted:
-        return _classes(config, module)
-    return refit(*_classes(config, module or REFITTED.get(model_type)), ffn)
+    if ffn is None or not ffn.overridden:
+        return _classes(config, DECODERS.get(model_type))
+    return override_activation(*_classes(config, OVERRIDE_DECODERS.get(model_type)), ffn)
 
 
 def make_model(config: dict[str, Any]) -> Any:
@@ -51,9 +63,8 @@ def make_model(config: dict[str, Any]) -> Any:
     return model_class(args_class.from_dict(config))
 
 
-def _classes(config: dict[str, Any], module: str | None) -> tuple[type, type]:
-    if module:
-        found = importlib.import_module(f"mlx_flash.models.decoders.{module}")
-        return found.Model, found.ModelArgs
+def _classes(config: dict[str, Any], decoder: ModuleType | None) -> tuple[type, type]:
+    if decoder:
+        return decoder.Model, decoder.ModelArgs
     model_type = config["model_type"]
     return utils._get_classes(config | {"model_type": RUNS_AS.get(model_type, model_type)})

@@ -21,13 +21,12 @@ import numpy as np
 
 from mlx_flash.errors import DamagedError, ModelError, ReadError
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.models.dtypes import DTYPES, UNITS
+from mlx_flash.models.dtypes import BIT_VIEWS, DTYPES, FLOAT_NAMES
 from mlx_flash.models.registry import make_model
 from mlx_flash.storage.safetensors_header import header
 
 PATH = "model.embed_tokens"
 HEAD = "lm_head"
-FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def find(directory: ModelDirectory) -> Table | None:
                     f"{shard} says nothing that can be read of {PATH}; convert the model again"
                 ) from error
     own_head = f"{HEAD}.weight" in names
-    if found is None or not own_head or len(found.shape) != 2 or found.dtype not in FLOATS:
+    if found is None or not own_head or len(found.shape) != 2 or found.dtype not in FLOAT_NAMES:
         return None
     if directory.config.get("tie_word_embeddings") or f"{PATH}.scales" in names:
         return None
@@ -113,7 +112,7 @@ class FlashEmbedding(nn.Module):
             self._read(row, table.offset + token % table.shape[0] * table.row_bytes)
         dtype = DTYPES[table.dtype]
         unit = np.dtype(f"u{dtype.size}")
-        found = mx.array(rows.view(unit), UNITS[dtype.size]).view(dtype)
+        found = mx.array(rows.view(unit), BIT_VIEWS[dtype.size]).view(dtype)
         return found[mx.array(place.reshape(tokens.shape).astype(np.int32))]
 
     def _read(self, row: np.ndarray, offset: int) -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flash.models.dtypes import DTYPES, UNITS
+from mlx_flash.models.dtypes import BIT_VIEWS, DTYPES
 from mlx_flash.models.families import Ffn, projections, weight_shapes
 from mlx_flash.models.quantized_rows import QuantScheme, Rows, part_names, rows_of
 from mlx_flash.predictors.predictor import Projection
@@ -38,7 +38,7 @@ def resident_part(
     layout, rows = reader.file.layout, reader.file.layers[layer].rows
     names = part_names(part, scheme)
     parts = [p for p in layout.parts if p.name in names]
-    arrays = {p.name: mx.zeros((rows, p.width), UNITS[DTYPES[p.dtype].size]) for p in parts}
+    arrays = {p.name: mx.zeros((rows, p.width), BIT_VIEWS[DTYPES[p.dtype].size]) for p in parts}
     mx.eval(list(arrays.values()))
     chunk = SlotMemory(layout, min(rows, max(1, CHUNK_BYTES // layout.stride)), parts=names)
     held = [view for view in chunk.views if view is not None]
@@ -81,7 +81,7 @@ def dense_weights(reader: RowReader, layer: int, ffn: Ffn) -> dict[str, mx.array
     dtype = DTYPES[parts[0].dtype]
     chunk = SlotMemory(layout, min(rows, max(1, CHUNK_BYTES // layout.stride)))
     shapes = weight_shapes(ffn, rows, parts[0].width)
-    weights = {name: mx.zeros(shape, UNITS[dtype.size]) for name, shape in shapes.items()}
+    weights = {name: mx.zeros(shape, BIT_VIEWS[dtype.size]) for name, shape in shapes.items()}
     mx.eval(weights)
     views = {part: np.array(weights[name], copy=False) for part, name in projections(ffn).items()}
     views["down"] = views["down"].T

@@ -16,7 +16,7 @@ from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.config import read_config
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
-from mlx_flash.models.quantized_rows import scheme
+from mlx_flash.models.quantized_rows import scheme_from
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.runtime.load import load_tokenizer
 from mlx_flash.runtime.memory_plan import make_plan, make_sparse_plan
@@ -97,8 +97,8 @@ def _quantization(config: dict[str, Any]) -> dict[str, int]:
     found = config.get("quantization")
     if not found:
         return {}
-    own = [str(scheme(v)) for v in found.values() if isinstance(v, dict)]
-    return {str(scheme(found)): 0} | {name: own.count(name) for name in own}
+    own = [str(scheme_from(v)) for v in found.values() if isinstance(v, dict)]
+    return {str(scheme_from(found)): 0} | {name: own.count(name) for name in own}
 
 
 def remarks(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_flash.common.files import replacing
 from mlx_flash.errors import DamagedError, PredictorError
-from mlx_flash.models.dtypes import UNITS
+from mlx_flash.models.dtypes import BIT_VIEWS
 from mlx_flash.models.families import Ffn
 
 from . import registry
@@ -241,7 +241,7 @@ def _sha256(tensors: dict[str, mx.array]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        raw = tensor.view(UNITS[tensor.dtype.size])
+        raw = tensor.view(BIT_VIEWS[tensor.dtype.size])
         mx.eval(raw)
         digest.update(np.ascontiguousarray(np.array(raw, copy=False)).data)
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import BudgetError, PredictorError
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.models.registry import INVENTED, get_classes
+from mlx_flash.models.registry import get_classes, in_transformers
 from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
@@ -117,7 +117,7 @@ def load_tokenizer(directory: ModelDirectory) -> Any:
     with foreign_errors(directory, "its tokenizer files or config.json"):
         config = utils.load_config(directory.path)
         # Where it does not know the model, transformers takes this, too, but warns of it.
-        own = config.get("model_type") in INVENTED
+        own = not in_transformers(config.get("model_type"))
         extra = {"config": PreTrainedConfig()} if own else None
         eos = config.get("eos_token_id")
         return utils.load_tokenizer(directory.path, extra, eos_token_ids=eos)

@@ -33,7 +33,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import Q4_K, dequantize
 
-FLOATS = ("F32", "F16", "BF16")
+from mlx_flash.models.dtypes import FLOAT_NAMES
+
 GROUP = 32
 WIDTHS_ANEW = (3, 4, 5, 6, 8)
 
@@ -92,7 +93,7 @@ def readable_types() -> list[str]:
 
 def find_form(kind: GGMLQuantizationType) -> Form | None:
     """What becomes of a type that is readable; None for floats."""
-    if kind.name in FLOATS:
+    if kind.name in FLOAT_NAMES:
         return None
     if codes := _KEPT.get(kind.name):
         return Form(codes.bits, anew=False)

@@ -22,13 +22,12 @@ from gguf.quants import dequantize
 
 from mlx_flash.common.files import digest_of
 from mlx_flash.errors import ModelError
+from mlx_flash.models.dtypes import FLOATS
 
 from . import tokenizer
 from .block_formats import Form, find_form
 from .header import Tensor, check_extents, check_file, check_types, naming, read_header, some
 from .tensors import affine_shapes, read_affine, read_floats, read_rows
-
-DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 # GGUF name -> Hugging Face name and shape: h hidden, q queries, k keys, f FFN, v vocabulary.
 _GLOBAL = {
@@ -76,8 +75,8 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path, dtype: str | None = None, dequantize: bool = False) -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise ModelError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        if dtype is not None and dtype not in FLOATS:
+            raise ModelError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
         self.path = Path(path)
         with naming(self.path):
             stat = check_file(self.path)
@@ -94,7 +93,7 @@ class GGUFCheckpoint:
             self._tensors = {name: by_name[source] for source, name in names.items()}
             self._forms = {} if dequantize else _forms(self._tensors)
             dtype = dtype or _default_dtype(infos, bool(self._forms))
-            self._dtype = DTYPES[dtype]
+            self._dtype = FLOATS[dtype]
             self.config: dict[str, Any] = _config(self._meta, dims, dtype, tied)
             freqs = by_name.get("rope_freqs.weight")
             factors = None if freqs is None else _read_vector(self.path, freqs)

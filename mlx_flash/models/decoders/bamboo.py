@@ -4,7 +4,8 @@ Attention reaches back a window of tokens in every layer, which mlx-lm's llama, 
 Mistral, leaves out. TurboSparse's own code sets to zero what the predictors in its checkpoint call
 zero; they are left out here, and what they miss with them.
 
-Knows: the window, the predictors' names. Does not know: the FFN, which ``refit`` puts in; paging.
+The FFN itself is put in by ``activation_override``.
+
 Sources: ``modeling_mistral`` of transformers 5.23; TurboSparse's config.json and weight names.
 """
 
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models import llama
 
+MODEL_TYPES = ("bamboo",)
+# Mistral with another activation than mlx-lm's: mlx-lm runs it as llama, without the window.
+OVERRIDE_TYPES = ("mistral",)
 PREDICTOR = ".mlp.predictor."
 
 

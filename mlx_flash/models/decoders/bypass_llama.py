@@ -5,8 +5,8 @@ of a negative argument is small but not nothing: near a constant c it gives ``c 
 down makes a linear map of n. With that map kept dense, the FFN's own activation can be 0 there. The
 bypass is resident; the FFN's rows are paged like any llama's.
 
-Knows: where the bypass stands. Does not know: the FFN, which ``refit`` puts in; how a bypass is
-found (``training/``). No one else has such models: it is what the adapter relu-smollm2 makes.
+The FFN itself is put in by ``activation_override``. Only the adapter relu-smollm2 makes such models;
+``training/relufy`` finds the bypass.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
+MODEL_TYPES = ("bypass_llama",)
+IN_TRANSFORMERS = False
 ModelArgs = llama.ModelArgs
 
 

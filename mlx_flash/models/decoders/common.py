@@ -1,4 +1,4 @@
-"""What the decoders of this package share: rotary positions, positions in a batch, tied heads.
+"""What the decoders of this package share: rotary positions, positions in a batch, the head.
 
 Knows: how configs and checkpoints of transformers 4 and 5 say these things. Does not know: any one
 family. Sources: ``modeling_rope_utils`` and ``PreTrainedModel.tie_weights`` of transformers 5.23.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from functools import reduce
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -159,3 +160,46 @@ def settle_head(model: nn.Module, weights: dict[str, mx.array], embedding: str) 
         vocab, width = head.shape
         model.lm_head = nn.Linear(width, vocab, bias=False)
         weights["lm_head.weight"] = head
+
+
+class TiedHeadModel(nn.Module):
+    """A stack of decoder layers and a head, which may be the stack's own token embedding.
+
+    Attributes:
+        STACK: name of the attribute that holds the stack, as in the weights' names.
+        EMBEDDING: dotted path from the stack to its token embedding.
+
+    Args:
+        args: with ``model_type``, ``vocab_size`` and ``tie_word_embeddings``.
+        stack: the layers between token numbers and the last hidden state.
+        width: of what the head takes.
+    """
+
+    STACK: ClassVar[str]
+    EMBEDDING: ClassVar[str]
+
+    def __init__(self, args: Any, stack: nn.Module, width: int) -> None:
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self[self.STACK] = stack
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(width, args.vocab_size, bias=False)
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        """Logits [batch, length, vocabulary] of token numbers [batch, length]."""
+        h = self[self.STACK](inputs, cache)
+        if "lm_head" in self:
+            return self.lm_head(h)
+        return reduce(getattr, self.EMBEDDING.split("."), self[self.STACK]).as_linear(h)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Weights under this module's names; those of a bare stack lack its prefix."""
+        top_level = (f"{self.STACK}.", "lm_head.")
+        named = {
+            name if name.startswith(top_level) else f"{self.STACK}.{name}": weight
+            for name, weight in weights.items()
+            if not name.endswith("inv_freq")
+        }
+        settle_head(self, named, f"{self.STACK}.{self.EMBEDDING}.weight")
+        return named

@@ -29,10 +29,9 @@ from mlx_lm.models.base import (
 from mlx_flash.errors import ModelError
 from mlx_flash.models.activations import activation
 
-from .common import largest, make_rope, offset_of, positions, rope_settings, settle_head
+from .common import TiedHeadModel, largest, make_rope, offset_of, positions, rope_settings
 
-EMBEDDING = "transformer.word_embeddings.weight"
-TOP_LEVEL = ("transformer.", "lm_head.")
+MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 OLD_NAMES = {
     "n_embed": "hidden_size",
     "n_head": "num_attention_heads",
@@ -229,30 +228,11 @@ class FalconModel(nn.Module):
         return self.ln_f(h)
 
 
-class Model(nn.Module):
+class Model(TiedHeadModel):
+    STACK, EMBEDDING = "transformer", "word_embeddings"
+
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.transformer = FalconModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        h = self.transformer(inputs, cache)
-        if "lm_head" in self:
-            return self.lm_head(h)
-        return self.transformer.word_embeddings.as_linear(h)
-
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights under this module's names; those of a bare model lack "transformer."."""
-        named = {
-            name if name.startswith(TOP_LEVEL) else f"transformer.{name}": weight
-            for name, weight in weights.items()
-            if not name.endswith("inv_freq")
-        }
-        settle_head(self, named, EMBEDDING)
-        return named
+        super().__init__(args, FalconModel(args), args.hidden_size)
 
     @property
     def layers(self) -> list[DecoderLayer]:

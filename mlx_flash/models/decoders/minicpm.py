@@ -14,6 +14,7 @@ from mlx_lm.models import minicpm
 
 from .common import TransformersArgs, settle_head
 
+MODEL_TYPES = ("minicpm",)
 EMBEDDING = "model.embed_tokens.weight"
 
 

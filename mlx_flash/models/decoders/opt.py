@@ -25,10 +25,10 @@ from mlx_lm.models.base import (
 from mlx_flash.errors import ModelError
 from mlx_flash.models.activations import activation
 
-from .common import largest, offset_of, positions, settle_head
+from .common import TiedHeadModel, largest, offset_of, positions
 
+MODEL_TYPES = ("opt",)
 FIRST_POSITION = 2
-EMBEDDING = "model.decoder.embed_tokens.weight"
 FFN_NAME = re.compile(r"(layers\.\d+)\.(fc[12]\.)")
 
 
@@ -161,29 +161,15 @@ class OPTModel(nn.Module):
         return self.decoder(inputs, cache)
 
 
-class Model(nn.Module):
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.model = OPTModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.word_embed_proj_dim, args.vocab_size, bias=False)
+class Model(TiedHeadModel):
+    STACK, EMBEDDING = "model", "decoder.embed_tokens"
 
-    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        h = self.model(inputs, cache)
-        if "lm_head" in self:
-            return self.lm_head(h)
-        return self.model.decoder.embed_tokens.as_linear(h)
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args, OPTModel(args), args.word_embed_proj_dim)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights under this module's names; those of a bare decoder lack the prefix "model."."""
-        named = {}
-        for name, weight in weights.items():
-            name = f"model.{name}" if name.startswith("decoder.") else name
-            named[FFN_NAME.sub(r"\1.mlp.\2", name)] = weight
-        settle_head(self, named, EMBEDDING)
-        return named
+        """Weights under this module's names; in a checkpoint the FFN lies in the layer itself."""
+        return super().sanitize({FFN_NAME.sub(r"\1.mlp.\2", k): v for k, v in weights.items()})
 
     @property
     def layers(self) -> list[DecoderLayer]:

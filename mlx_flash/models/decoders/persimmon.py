@@ -20,10 +20,9 @@ from mlx_lm.models.base import (
 from mlx_flash.errors import ModelError
 from mlx_flash.models.activations import activation
 
-from .common import ROTARY_SHARE, make_rope, offset_of, rope_settings, settle_head
+from .common import ROTARY_SHARE, TiedHeadModel, make_rope, offset_of, rope_settings
 
-EMBEDDING = "model.embed_tokens.weight"
-TOP_LEVEL = ("model.", "lm_head.")
+MODEL_TYPES = ("persimmon",)
 
 
 @dataclass
@@ -136,28 +135,11 @@ class PersimmonModel(nn.Module):
         return self.final_layernorm(h)
 
 
-class Model(nn.Module):
+class Model(TiedHeadModel):
+    STACK, EMBEDDING = "model", "embed_tokens"
+
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.model = PersimmonModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        h = self.model(inputs, cache)
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
-
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights under this module's names; those of a bare model lack the prefix "model."."""
-        named = {
-            name if name.startswith(TOP_LEVEL) else f"model.{name}": weight
-            for name, weight in weights.items()
-            if not name.endswith("inv_freq")
-        }
-        settle_head(self, named, EMBEDDING)
-        return named
+        super().__init__(args, PersimmonModel(args), args.hidden_size)
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -193,7 +193,7 @@ def test_family_of_other_tensors(source, tmp_path, capsys):
     [
         ({"hidden_act": "mish"}, "hidden_act of this llama model is 'mish'; expected one of relu"),
         ({"hidden_act": ["silu"]}, "hidden_act of this llama model is ['silu']"),
-        ({"text_config": "none"}, "makes no sense"),
+        ({"text_config": "none"}, "config.json has a value of the wrong kind"),
         ({"flash": {}}, "is a model directory already"),
         ({"model_file": "my_model.py"}, "brings its own code (my_model.py)"),
         (

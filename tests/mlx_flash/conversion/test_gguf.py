@@ -27,6 +27,7 @@ from mlx_flash.conversion.gguf import tokenizer as tokenizer_module
 from mlx_flash.conversion.gguf.checkpoint import GGUFCheckpoint
 from mlx_flash.conversion.open_checkpoint import open_checkpoint
 from mlx_flash.errors import DamagedError, ModelError, ReadError
+from mlx_flash.models.dtypes import FLOAT_NAMES
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
@@ -584,7 +585,7 @@ def test_other_types_are_quantised_anew(wide, kind):
 
 def test_every_readable_type_has_a_form():
     for kind in Kind:
-        if block_formats.is_readable(kind) and kind.name not in block_formats.FLOATS:
+        if block_formats.is_readable(kind) and kind.name not in FLOAT_NAMES:
             assert kind.name in (*KEPT, *ANEW)
             assert GGML_QUANT_SIZES[kind][0] % block_formats.GROUP == 0
 

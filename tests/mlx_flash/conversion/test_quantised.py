@@ -236,7 +236,7 @@ def test_every_family_without_zeros(tmp_path, page_cache, family):
 
 
 def test_ffn_that_is_quantised_in_part(tmp_path, page_cache):
-    """d_ffn 160 is no whole groups of 64: mlx-lm leaves down as it is, and so do the rows."""
+    """64 does not divide d_ffn 160: mlx-lm leaves down as it is, and so do the rows."""
     source = make_checkpoint(tmp_path / "hf", "llama", "bfloat16")
     directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True))
     kinds = {part.name: part.dtype for part in directory.rows.layout.parts}
@@ -652,11 +652,11 @@ def test_how_without_whether(source, tmp_path, what):
 
 @pytest.mark.parametrize("family", ["llama", "opt", "nemotron"])
 def test_group_that_does_not_divide_d_model(tmp_path, family):
-    """Neurons have scales along d_model: 64 numbers are no whole groups of 128."""
+    """Neurons have scales along d_model, here 64 numbers, which 128 does not divide."""
     source = make_checkpoint(tmp_path / "hf", family, layers=2, **RELU[family])
     message = refused(source, tmp_path, quantize=True, q_group_size=128)
-    assert f"{source}: 64 numbers are no whole groups of 128" in message
-    assert "choose a smaller --q-group-size, or leave -q out" in message
+    assert f"{source}: rows of 64 numbers cannot be quantised in groups of 128" in message
+    assert "choose a --q-group-size that divides 64, or leave -q out" in message
 
 
 def test_nothing_that_could_be_quantised(source, tmp_path):

@@ -155,9 +155,9 @@ def test_flash_object_that_makes_no_sense(model, capsys, key, value):
 
 
 @pytest.mark.parametrize("entry", [None, [], {"bytes": 1}, {"bytes": "x", "sha256": ""}])
-def test_file_entry_that_makes_no_sense(model, capsys, entry):
+def test_file_entry_of_another_type(model, capsys, entry):
     edit_config(model, lambda c: c["flash"]["files"].update({"tokenizer.json": entry}))
-    assert "makes no sense" in refused(model, capsys, ModelError)
+    assert "lacks a key, or one has another type" in refused(model, capsys, ModelError)
 
 
 def test_weights_of_others(model, capsys):

@@ -17,7 +17,7 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.conversion.huggingface import HFCheckpoint
 from mlx_flash.errors import ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.models.registry import OWN, get_classes
+from mlx_flash.models.registry import DECODERS, get_classes
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions
 
@@ -297,7 +297,7 @@ def test_alibi_and_a_rotating_cache(tmp_path):
         model(prompt, cache=cache)
 
 
-@pytest.mark.parametrize("model_type", OWN)
+@pytest.mark.parametrize("model_type", sorted(DECODERS))
 def test_quantised_kv_cache(tmp_path, model_type):
     # mlx-lm cannot quantise a cache that rotates.
     window = {"sliding_window": None} if model_type == "bamboo" else {}

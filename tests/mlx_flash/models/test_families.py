@@ -199,18 +199,18 @@ def test_family_that_follows_its_config(model_type, key, value, activation, tmp_
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "minicpm", "phi", "sparsellama"])
-def test_refitted_family(model_type, tmp_path):
+def test_family_with_another_activation(model_type, tmp_path):
     """Only the activation changes: the same weights under the same names, the rest mlx-lm's."""
     act = {"hidden_act": "fatrelu", "hidden_act_param": FATRELU}
     model, ffn = load(tmp_path / "fat", model_type, layers=2, **act)
-    assert (ffn.activation, ffn.threshold, ffn.refitted) == ("fatrelu", FATRELU, True)
+    assert (ffn.activation, ffn.threshold, ffn.overridden) == ("fatrelu", FATRELU, True)
     for _, module in families.modules(model, ffn):
         check_module(module, ffn)
     usual = "gelu_new" if model_type == "phi" else "silu"
     other, ffn = load(tmp_path / "usual", model_type, layers=2, hidden_act=usual)
-    assert not ffn.refitted
+    assert not ffn.overridden
     # Of mlx-lm or, of minicpm, without another FFN.
-    assert all(".models.refit" not in type(m).__module__ for m in other.modules())
+    assert all("activation_override" not in type(m).__module__ for m in other.modules())
     names = [[name for name, _ in tree_flatten(m.parameters())] for m in (model, other)]
     assert sorted(names[0]) == sorted(names[1])
 
