@@ -66,16 +66,16 @@ class HFCheckpoint:
             self.fingerprint += adapter.sha256[:16]
             if quantization and not packing.dequantize:
                 raise ModelError(
-                    f"{path} is quantised ({scheme_from(quantization)}) and an adapter changes floats; "
-                    "add --dequantize, or convert the float checkpoint"
+                    f"{path} is quantised ({scheme_from(quantization)}) and an adapter changes "
+                    "floats; add --dequantize, or convert the float checkpoint"
                 )
         self.row_scheme: QuantScheme | None = None
         with _naming(path):
             if quantization:
                 if packing.scheme:
                     raise ModelError(
-                        f"quantised already ({scheme_from(quantization)}); leave -q out, or convert the "
-                        "float checkpoint"
+                        f"quantised already ({scheme_from(quantization)}); leave -q out, or "
+                        "convert the float checkpoint"
                     )
                 self._set_quantization(quantise_modules(model, quantization, weights))
             if adapter:

@@ -55,9 +55,7 @@ class ModelDirectory:
             self.unit = str(flash["unit"])
             self.dtype = DTYPES[flash["dtype"]]
             quantisation = flash["quantization"]
-            self.scheme: QuantScheme | None = (
-                scheme_from(quantisation) if quantisation else None
-            )
+            self.scheme: QuantScheme | None = scheme_from(quantisation) if quantisation else None
             self._config_sha256: str = flash["config_sha256"]
         except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
             raise ModelError(

@@ -139,7 +139,7 @@ def scheme_from(entry: Mapping[str, Any]) -> QuantScheme:
 
 
 def requested_scheme(bits: int | None, group_size: int | None, mode: str = "affine") -> QuantScheme:
-    """The scheme of ``--q-bits``, ``--q-group-size`` and ``--q-mode``; None is the mode's default."""
+    """The scheme of ``--q-bits``, ``--q-group-size``, ``--q-mode``; None is the mode's default."""
     if mode not in DEFAULTS:
         raise ModelError(f"quantisation mode {mode!r}; expected one of {', '.join(DEFAULTS)}")
     default_bits, default_group = DEFAULTS[mode]

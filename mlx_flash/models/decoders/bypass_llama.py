@@ -5,8 +5,8 @@ of a negative argument is small but not nothing: near a constant c it gives ``c 
 down makes a linear map of n. With that map kept dense, the FFN's own activation can be 0 there. The
 bypass is resident; the FFN's rows are paged like any llama's.
 
-The FFN itself is put in by ``activation_override``. Only the adapter relu-smollm2 makes such models;
-``training/relufy`` finds the bypass.
+The FFN itself is put in by ``activation_override``. Only the adapter relu-smollm2 makes such
+models; ``training/relufy`` finds the bypass.
 """
 
 from __future__ import annotations
