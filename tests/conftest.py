@@ -4,6 +4,7 @@ import functools
 
 import pytest
 from hypothesis import settings
+from support.platforms import use_darwin
 
 from mlx_flash.paging import row_stream
 from mlx_flash.storage.reader import RowReader
@@ -39,3 +40,9 @@ def page_cache(monkeypatch):
     """Reads through the page cache: what is read is the same, and hundreds of runs are quicker."""
     reader = functools.partial(RowReader, direct=False, threads=2)
     monkeypatch.setattr("mlx_flash.runtime.load.RowReader", reader)
+
+
+@pytest.fixture
+def darwin(monkeypatch):
+    """The package believes to run on a Mac; see ``support.platforms.use_darwin``."""
+    return use_darwin(monkeypatch)

@@ -40,7 +40,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from benchmarks.support import synthetic_opt
 from benchmarks.support.machine import OUT, machine_name
 from benchmarks.support.synthetic_llama import SMALL, Shape, make
-from mlx_flash.common import platform
+from mlx_flash.common.platform import current_platform
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import row_stream
 from mlx_flash.performance.inspection import describe
@@ -210,10 +210,10 @@ def drift(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
     run.model.flash.max_tokens = None  # the cache is what stays within the context
     run.cache = [RotatingKVCache(max_size=KV) for _ in run.model.layers]
     run.steps(DRIFT_WARM)
-    seen, active = [platform.current()], [mx.get_active_memory()]
+    seen, active = [current_platform().process_bytes()], [mx.get_active_memory()]
     for _ in range(DRIFT_TOKENS // 100):
         run.steps(100)
-        seen.append(platform.current())
+        seen.append(current_platform().process_bytes())
         active.append(mx.get_active_memory())
     yield "RAM budget, MB", ram / 1e6
     yield "slots", sum(run.model.flash.plan.slots.values())

@@ -28,8 +28,8 @@ import numpy as np
 
 from mlx_flash.calibration.neurons.layer_fit import Fitted, LowRankLayers, ThresholdLayers
 from mlx_flash.calibration.neurons.perplexity_search import Checked, Progress, Quality
-from mlx_flash.common import platform
 from mlx_flash.common.files import digest_of
+from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import BudgetError, CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -145,7 +145,7 @@ def _release() -> None:
     """Give back what a closed model held: its FFNs know each other, so only a collection does."""
     gc.collect()
     mx.clear_cache()
-    platform.trim()
+    current_platform().trim()
 
 
 class _Job:
@@ -274,7 +274,8 @@ class _Job:
         if self.ram is None:
             return
         rows = max(layer.rows for layer in self.directory.rows.layers)
-        needed = platform.current() + layers.fit_bytes(rows, self.text.validation.size)
+        needed = current_platform().process_bytes()
+        needed += layers.fit_bytes(rows, self.text.validation.size)
         needed += self.count * layers.held_bytes(rows)
         if needed > self.ram:
             raise BudgetError(

@@ -70,7 +70,7 @@ def run_bench(args: argparse.Namespace) -> int:
             f"--prompt-tokens {args.prompt_tokens} and --gen-tokens {args.gen_tokens} are more "
             f"than the {limit} positions that the model was made for, less 2 that the loop begins"
         )
-    from mlx_flash.common import platform
+    from mlx_flash.common.platform import current_platform
     from mlx_flash.performance import bench
     from mlx_flash.performance.budget_forecast import BudgetForecast
 
@@ -79,7 +79,7 @@ def run_bench(args: argparse.Namespace) -> int:
     settings = bench.Settings(
         args.model, args.prompt_tokens, args.gen_tokens, args.repeats, options
     )
-    rams = wanted or bench.sweep(outlook, platform.machine())
+    rams = wanted or bench.sweep(outlook, current_platform().machine_bytes())
     usable = [ram for ram in rams if outlook.view(ram).plan]
     if usable:
         outlook.measure(max(usable), args.remeasure, Note())
@@ -143,7 +143,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]], settings: Any) -
     if not rows:
         args.interrupted = "interrupted before any budget was finished"
         return
-    from mlx_flash.common import user_cache
+    from mlx_flash.common.platform import current_platform
     from mlx_flash.performance import bench
 
     print(
@@ -153,7 +153,7 @@ def _tell(args: argparse.Namespace, rows: list[dict[str, Any]], settings: Any) -
     for row in rows:
         print(bench.line(row))
     found = {
-        "machine": user_cache.machine_name(),
+        "machine": current_platform().machine_name(),
         "date": date.today().isoformat(),
         "settings": settings.to_json(),
         "budgets": rows,

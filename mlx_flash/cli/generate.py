@@ -184,7 +184,7 @@ def _stream(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    from mlx_flash.common import platform
+    from mlx_flash.common.platform import current_platform
 
     if args.seed is not None:
         mx.random.seed(args.seed)
@@ -222,7 +222,7 @@ def _stream(
         "prompt_seconds": first - began,
         "generation_tokens": len(tokens),
         "generation_seconds": ended - first,
-        "peak_footprint_bytes": platform.peak(),
+        "peak_footprint_bytes": current_platform().peak_process_bytes(),
         "budget_bytes": parse_ram(args.ram) if args.ram is not None else None,
         "flash": None,
     }

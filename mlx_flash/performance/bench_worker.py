@@ -23,7 +23,7 @@ def run(settings: dict[str, Any], say: TextIO) -> dict[str, Any]:
     Raises:
         FlashError: the budget does not work, or the model does not.
     """
-    from mlx_flash.common import platform
+    from mlx_flash.common.platform import current_platform
     from mlx_flash.model_directory.directory import ModelDirectory
     from mlx_flash.runtime.load import load_model, load_tokenizer
     from mlx_flash.runtime.options import PagingOptions
@@ -54,7 +54,7 @@ def run(settings: dict[str, Any], say: TextIO) -> dict[str, Any]:
         "decode": decode[1:],
         "tokens": generated,
         "repeats": steps[1:],
-        "peak_footprint_bytes": platform.peak(),
+        "peak_footprint_bytes": current_platform().peak_process_bytes(),
         "direct": model.flash.reader.direct,
         "predictor": model.flash.selection.kind if model.flash.selection else "none",
         "kept_layers": len(plan.kept),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_flash.common import platform
+from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import parse_ram, with_margin
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory import expert_demand_file
@@ -106,7 +106,7 @@ class BudgetForecast:
     def plan(self, ram: int) -> Plan:
         """The plan that ``load`` makes of a budget; raises BudgetError."""
         if self.model.sparse is None:
-            return make_plan(ram, self.needs, platform.machine())
+            return make_plan(ram, self.needs, current_platform().machine_bytes())
         return choose_sparse(
             ram, self.needs, self.directory, self.selection, self._explicit, None, self.curves
         )

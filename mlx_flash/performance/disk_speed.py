@@ -20,7 +20,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.common.files import digest_of
-from mlx_flash.common.user_cache import machine_name, recall, remember
+from mlx_flash.common.platform import current_platform
+from mlx_flash.common.user_cache import recall, remember
 from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.storage.reader import RowReader
 
@@ -77,7 +78,7 @@ def machine_facts() -> dict[str, Any]:
     """What a speed measured here depends on, whatever the model."""
     return {
         "version": FORMAT_VERSION,
-        "machine": machine_name(),
+        "machine": current_platform().machine_name(),
         "mlx": mx.__version__,
         "device": str(mx.default_device()),
     }

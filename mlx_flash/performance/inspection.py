@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from mlx_flash.common import platform
+from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import show, with_margin
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory import expert_demand_file
@@ -129,14 +129,14 @@ def _predictor(selection: Selection | None) -> dict[str, Any] | None:
 
 
 def _budgets(least: int, dense: int) -> list[int]:
-    top = min(dense, platform.machine())
+    top = min(dense, current_platform().machine_bytes())
     if least > top:
         return []
     return [with_margin(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
 
 
 def _budget(needs: Any, sparse: Any, ram: int, mixture: bool) -> dict[str, Any]:
-    machine = max(ram, platform.machine())
+    machine = max(ram, current_platform().machine_bytes())
     if mixture:
         plan = make_sparse_plan(ram, needs, sparse, machine)
     else:

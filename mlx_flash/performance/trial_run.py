@@ -28,6 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_flash import __version__
 from mlx_flash.calibration.experts import trace
 from mlx_flash.common import files, user_cache
+from mlx_flash.common.platform import current_platform
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.models.quantized_rows import without
@@ -153,7 +154,7 @@ def _recall(key: str) -> TrialRun:
     with contextlib.suppress(KeyError, TypeError, ValueError, OSError, AttributeError):
         ways = {str(way): Timing(**figures) for way, figures in known["ways"].items()}
         if known["use"]:
-            file = user_cache.cache_directory() / f"{key}.npz"
+            file = current_platform().cache_folder() / f"{key}.npz"
             found.use = RowUse.from_bytes(file.read_bytes())
         found.ways, found.measured = ways, str(known["measured"])
     return found
@@ -163,7 +164,7 @@ def _remember(key: str, found: TrialRun) -> None:
     """Keep it; where the cache directory cannot be written the next call measures again."""
     with contextlib.suppress(OSError):
         if found.use:
-            directory = user_cache.cache_directory()
+            directory = current_platform().cache_folder()
             directory.mkdir(parents=True, exist_ok=True)
             files.atomic_write(directory / f"{key}.npz", found.use.to_bytes())
         fields = {

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx_lm import utils
 from transformers import PreTrainedConfig
 
-from mlx_flash.common import platform
+from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import BudgetError, PredictorError
 from mlx_flash.model_directory import expert_demand_file
@@ -141,7 +141,7 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
     reader = RowReader(directory.rows)
     try:
         needs = memory_requirements(directory, reader, options.context)
-        budget = platform.machine() * 3 // 4 if options.ram is None else options.ram
+        budget = current_platform().machine_bytes() * 3 // 4 if options.ram is None else options.ram
         if predicts and (selection or directory.mixture):
             explicit = options.predictor != "auto" or selection is None
             given = options.predictor != "none"
@@ -174,7 +174,7 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
 
 def _choose(budget: int, needs: MemoryRequirements, options: PagingOptions) -> Plan:
     count = len(needs.layers)
-    check_machine(budget, platform.machine())
+    check_machine(budget, current_platform().machine_bytes())
     if options.kept_share is not None or not options.use_flash:
         share = 1.0 if not options.use_flash else options.kept_share
         streamed = count - round(share * count)
@@ -187,7 +187,7 @@ def _choose(budget: int, needs: MemoryRequirements, options: PagingOptions) -> P
         lookup = bool(chosen)
         table = needs.table(needs.max_step, kept, lookup)
         return Plan(budget, kept, chosen, needs.max_step, table, lookup=lookup)
-    return make_plan(budget, needs, platform.machine())
+    return make_plan(budget, needs, current_platform().machine_bytes())
 
 
 def choose_sparse(
@@ -211,11 +211,11 @@ def choose_sparse(
         capacities = [max(1, round(cache_share * rows)) for rows in sparse.rows]
         return sparse_plan_of(None, needs, sparse, capacities, needs.max_step)
     try:
-        return make_sparse_plan(budget, needs, sparse, platform.machine())
+        return make_sparse_plan(budget, needs, sparse, current_platform().machine_bytes())
     except BudgetError:
         if explicit:
             raise
-        return make_plan(budget, needs, platform.machine())
+        return make_plan(budget, needs, current_platform().machine_bytes())
 
 
 def _classes(config: dict[str, Any], flash: PagedModel, paged: bool) -> tuple[type, type]:

@@ -7,6 +7,7 @@ against MLX's own figures by a test). Does not know: what a budget is spent on (
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_flash.common import platform
+from mlx_flash.common.platform import current_platform
 from mlx_flash.errors import FlashError, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
@@ -62,13 +63,15 @@ def memory_requirements(
         context = min(DEFAULT_CONTEXT, directory.config.get("max_position_embeddings") or 2**31)
     layers = directory.rows.layers
     kv_cache = kv_bytes(directory, context)
+    gc.collect()  # what a closed model held goes to MLX's cache first
     mx.clear_cache()
-    platform.trim()
+    system = current_platform()
+    system.trim()
     resident = sum(file.stat().st_size for file in directory.shards)
     weights = tuple(layer.rows * layer.layout.ideal_bytes for layer in layers)
     widest = max(layer.rows * slot_bytes(layer.layout) for layer in layers)
     return MemoryRequirements(
-        process=platform.current(),
+        process=system.process_bytes(),
         resident=resident,
         kv_cache=kv_cache,
         context=context,

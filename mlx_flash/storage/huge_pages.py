@@ -16,6 +16,8 @@ import mmap
 
 import numpy as np
 
+from mlx_flash.common.platform import current_platform
+
 HUGE_PAGE = 2 << 20
 
 
@@ -28,21 +30,21 @@ def ask_for(memory: np.ndarray) -> bool:
     Args:
         memory: bytes without gaps, private to this process (as allocators give them).
     """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
     begin = -(-memory.ctypes.data // HUGE_PAGE) * HUGE_PAGE
     end = (memory.ctypes.data + memory.nbytes) // HUGE_PAGE * HUGE_PAGE
-    if advice is None or end <= begin:
+    if not current_platform().huge_pages or end <= begin:
         return False
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # Without the first the second would do no harm, but be work for nothing.
-    return all(madvise(begin, end - begin, a) == 0 for a in (advice, mmap.MADV_DONTNEED))
+    advice = mmap.MADV_HUGEPAGE, mmap.MADV_DONTNEED
+    return all(madvise(begin, end - begin, a) == 0 for a in advice)
 
 
 def buffers(count: int, nbytes: int) -> list[np.ndarray]:
     """Buffers on huge pages where the system has them; memory is taken as it is touched."""
     memory = mmap.mmap(-1, count * nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if current_platform().huge_pages:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
-import sys
 from collections.abc import Callable
 
 import numpy as np
+
+from mlx_flash.common.platform import current_platform
 
 DEPTH = 1024  # requests of one batch under way at a time
 NOT_BEGUN = -errno.ECANCELED
@@ -45,18 +45,24 @@ class Kernel:
     """The system calls. Each raises OSError; tests put another in the place of ``kernel``."""
 
     def __init__(self) -> None:
-        machine = platform.machine()
-        known = sys.platform == "linux" and sys.maxsize > 2**32 and machine in _NUMBERS
-        self.missing = "" if known else f"not known for {sys.platform} on {machine}"
-        if known:
-            self._setup, self._destroy, self._getevents, self._submit = _NUMBERS[machine]
+        if not self.missing:
+            numbers = _NUMBERS[current_platform().architecture]
+            self._setup, self._destroy, self._getevents, self._submit = numbers
             self._syscall = ctypes.CDLL(None, use_errno=True).syscall
             self._syscall.restype = ctypes.c_long
 
+    @property
+    def missing(self) -> str:
+        """Reason why this system does not have them, or an empty string."""
+        system = current_platform()
+        if system.linux_aio and system.architecture in _NUMBERS:
+            return ""
+        return f"not known for {system.name} on {system.architecture}"
+
     def setup(self, depth: int) -> int:
-        """A new context for so many requests at a time."""
-        if self.missing:
-            raise OSError(errno.ENOSYS, self.missing)
+        """A new context for up to ``depth`` requests at a time."""
+        if missing := self.missing:
+            raise OSError(errno.ENOSYS, missing)
         context = ctypes.c_ulong(0)
         self._call(self._setup, depth, ctypes.addressof(context))
         return context.value
@@ -89,7 +95,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def why_not() -> str:
-    """Why asynchronous reads are not to be had here; empty where they are."""
+    """Reason why Linux AIO is unavailable, or an empty string."""
     try:
         _idle.append(_take())
     except OSError as error:
@@ -106,7 +112,7 @@ def read(
 ) -> np.ndarray:
     """Carry requests out and wait until all are over.
 
-    May be called from several threads. However it ends, nothing is under way any more.
+    May be called from several threads. On return or exception no request is in flight.
 
     Args:
         fd: what to read.

@@ -24,7 +24,7 @@ from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.calibration.neurons import low_rank_fit
 from mlx_flash.calibration.neurons.layer_fit import LowRankLayers
-from mlx_flash.common import platform
+from mlx_flash.common.platform import current_platform
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError, CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -350,7 +350,7 @@ def test_a_budget_is_kept_and_streaming_gives_the_same(opt, opt_report, tmp_path
         calls.append(options)
         return load_model(directory, options.replace(kept_share=0.5))
 
-    ram = platform.current() + 300 * 10**6
+    ram = current_platform().process_bytes() + 300 * 10**6
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_model", streamed)
         found = calibrate(model, **QUICK, ram=ram)

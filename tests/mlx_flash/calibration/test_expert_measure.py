@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from support.platforms import fix_memory
 from support.tiny_mixtures import make_mixture
 
 from mlx_flash import cli
@@ -25,7 +26,6 @@ from mlx_flash.calibration.experts.figures import (
     top_share,
 )
 from mlx_flash.calibration.experts.stack_distance import depths, misses, within
-from mlx_flash.common import platform
 from mlx_flash.common.files import is_temporary
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError, CalibrationError, DamagedError, PredictorError
@@ -281,7 +281,7 @@ def real_misses(path, tokens, predictor):
 
 
 def test_the_split_saves_reads_and_none_means_equal_shares(calibrated, words, monkeypatch):
-    monkeypatch.setattr(platform, "current", lambda: 100_000_000)
+    fix_memory(monkeypatch, process=100_000_000)
     path, _ = calibrated
     tokenizer = measure.load_tokenizer(ModelDirectory(path))
     tokens = tokenizer.encode(words.read_text()[-2000:], add_special_tokens=False)[:150]
@@ -450,7 +450,7 @@ def test_where_the_curves_do_not_help_shares_are_equal(calibrated, tmp_path):
 
 
 def test_the_command_line(source, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(platform, "current", lambda: 100_000_000)
+    fix_memory(monkeypatch, process=100_000_000)
     path = convert(str(source), tmp_path / "flash")
     flags = ["--model", str(path)]
     assert cli.main(["calibrate", *flags, "--data", str(words), "--tokens", "1024"]) == 0

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from support.platforms import fix_memory
 
 from mlx_flash import cli
-from mlx_flash.common import platform
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
@@ -26,8 +26,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def run(source, capsys, monkeypatch):
     """Run a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(platform, "current", lambda: 100_000_000)
-    monkeypatch.setattr(platform, "machine", lambda: 2_000_000_000)
+    fix_memory(monkeypatch, process=100_000_000, machine=2_000_000_000)
 
     def run(command, *flags):
         capsys.readouterr()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.platforms import FakeDarwin, fix_memory
 
 from mlx_flash import cli
-from mlx_flash.common import platform, user_cache
+from mlx_flash.common.platform import Linux
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import POLICIES, make_policy
@@ -41,8 +42,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(disk_speed, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(trial_run, "SEQUENCES", 1)
-    monkeypatch.setattr(platform, "current", lambda: 100_000_000)
-    monkeypatch.setattr(platform, "machine", lambda: 2_000_000_000)
+    fix_memory(monkeypatch, process=100_000_000, machine=2_000_000_000)
     return tmp_path / "cache" / "mlx_flash"
 
 
@@ -194,7 +194,8 @@ def test_where_the_cache_is(name, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative/path")  # to be ignored, says the standard
     below = {"linux": ".cache/mlx_flash", "darwin": "Library/Caches/mlx_flash"}
-    assert user_cache.cache_directory(name) == tmp_path / below[name]
+    system = {"linux": Linux(), "darwin": FakeDarwin()}[name]
+    assert system.cache_folder() == tmp_path / below[name]
 
 
 def test_misses_are_those_of_the_running_model(source):

@@ -6,7 +6,9 @@ import mmap
 
 import numpy as np
 import pytest
+from support.platforms import use_platform
 
+from mlx_flash.common.platform import Platform
 from mlx_flash.paging.slots.slot_memory import aligned_bytes
 from mlx_flash.storage import huge_pages
 from mlx_flash.storage.huge_pages import HUGE_PAGE, ask_for
@@ -41,7 +43,7 @@ def test_little_memory_stays_as_it_is():
 
 
 def test_systems_without_them(monkeypatch):
-    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    use_platform(monkeypatch, Platform())
     memory = private(4 * HUGE_PAGE)
     memory[:] = 7
     assert not huge_pages.ask_for(memory)

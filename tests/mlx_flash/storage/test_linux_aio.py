@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from support.disks import LAYOUTS, ROWS, assert_read, read_all, slots_for
 from support.fake_kernel import FakeKernel, use
+from support.platforms import FakeDarwin, use_platform
 from support.row_files import make
 
+from mlx_flash.common.platform import Linux
 from mlx_flash.errors import DamagedError, ReadError
 from mlx_flash.storage import linux_aio, scatter_list
 from mlx_flash.storage import reader as module
@@ -181,22 +183,22 @@ def test_a_child_does_not_inherit_contexts():
 @pytest.mark.parametrize(
     "system, machine, known",
     [
-        ("linux", "x86_64", True),
-        ("linux", "aarch64", True),
-        ("linux", "riscv64", False),
-        ("darwin", "arm64", False),
-        ("darwin", "x86_64", False),
+        (Linux(), "x86_64", True),
+        (Linux(), "aarch64", True),
+        (Linux(), "riscv64", False),
+        (FakeDarwin(), "arm64", False),
+        (FakeDarwin(), "x86_64", False),
     ],
 )
 def test_systems(monkeypatch, system, machine, known):
-    monkeypatch.setattr(linux_aio.sys, "platform", system)
-    monkeypatch.setattr(linux_aio.platform, "machine", lambda: machine)
+    monkeypatch.setattr(type(system), "architecture", machine)
+    use_platform(monkeypatch, system)
     kernel = linux_aio.Kernel()
     assert (not kernel.missing) is known
     if not known:
         monkeypatch.setattr(linux_aio, "kernel", kernel)
         monkeypatch.setattr(linux_aio, "_idle", [])
-        assert linux_aio.why_not() == f"not known for {system} on {machine}"
+        assert linux_aio.why_not() == f"not known for {system.name} on {machine}"
 
 
 # The reader

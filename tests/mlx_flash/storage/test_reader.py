@@ -26,6 +26,7 @@ from support.disks import (
     slots_for,
 )
 from support.fake_kernel import FakeKernel, use
+from support.platforms import FakeDarwin, use_platform
 from support.row_files import make
 
 from mlx_flash.errors import DamagedError, ReadError
@@ -536,7 +537,8 @@ def test_macos_sets_no_cache(tmp_path, monkeypatch, agrees):
 
     monkeypatch.setattr(os, "open", remember)
     monkeypatch.setattr(fcntl, "fcntl", control)
-    fd, direct = open_direct(path, "darwin")
+    use_platform(monkeypatch, FakeDarwin())
+    fd, direct = open_direct(path)
     os.close(fd)
     assert direct is agrees
     assert opened == [os.O_RDONLY]
@@ -554,7 +556,7 @@ def test_linux_sets_o_direct(tmp_path, monkeypatch):
         return real(path, flag & ~os.O_DIRECT, *args)
 
     monkeypatch.setattr(os, "open", remember)
-    fd, direct = open_direct(file.path, "linux", 512)
+    fd, direct = open_direct(file.path, 512)
     os.close(fd)
     assert direct is True
     assert flags == [os.O_RDONLY | os.O_DIRECT]
