@@ -37,6 +37,7 @@ from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.calibration.reorder import access_trace, ordering
 from mlx_flash.calibration.reorder.reorder import wanted_bytes
+from mlx_flash.calibration.text_run import TextRun
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
@@ -91,7 +92,7 @@ def traces(name: str, tokens: int) -> tuple[ModelDirectory, list[tuple[np.ndarra
             text.source, text.sha256, halves[0], text.validation, halves[1]
         )
     with recordings.working_directory(path, f"{name} {tokens}"):
-        access_trace.record(directory, selection, text, path, None, lambda *_: None)
+        access_trace.record(TextRun(directory, text, path, None, None), selection)
         found = [
             tuple(access_trace.recorded(directory, path, i, part) for part in access_trace.PARTS)
             for i in range(len(directory.rows.layers))

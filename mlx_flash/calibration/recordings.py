@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,9 @@ from .probes import Seen
 MARKER = "calibration.key"
 STATE = "recorded.json"
 MARGIN_BYTES = 64 << 20
-# Kind of predictor, or of other use -> what is recorded of each part of the text.
-FILES = {
-    "low-rank": {"train": ("x", "active"), "validation": ("x", "active", "h")},
-    "threshold": {"train": ("x",), "validation": ("x", "gate", "h")},
-    "rows": {"train": ("active",), "held_out": ("active",)},  # of ``row_demand``
-}
+SQUARES = "up_squares"  # what is recorded of up's output: only the sum of its squares
+# Part of the text -> what is recorded there: "x", "active", "h", "gate" or ``SQUARES``.
+Records = Mapping[str, Sequence[str]]
 
 
 def path_for(directory: ModelDirectory) -> Path:
@@ -119,8 +116,8 @@ def _take_lock(lock: int, path: Path) -> None:
             raise CalibrationError(f"another calibration is writing {path}; wait for it") from None
 
 
-def disk_bytes(directory: ModelDirectory, kind: str, tokens: dict[str, int]) -> int:
-    """What recording so many tokens of each part takes."""
+def disk_bytes(directory: ModelDirectory, records: Records, tokens: dict[str, int]) -> int:
+    """Bytes that recording so many tokens of each part of the text takes on disk."""
     item = directory.dtype.size
     total = 0
     for layer in directory.rows.layers:
@@ -129,8 +126,9 @@ def disk_bytes(directory: ModelDirectory, kind: str, tokens: dict[str, int]) -> 
             "active": -(-layer.rows // 8),
             "h": layer.rows * item,
             "gate": layer.rows * item,
+            SQUARES: 0,
         }
-        for name, kinds in FILES[kind].items():
+        for name, kinds in records.items():
             total += tokens[name] * sum(sizes[what] for what in kinds)
     return total
 
@@ -151,13 +149,13 @@ class Recorder:
 
     Args:
         path: working directory.
-        kind: of predictor, see ``FILES``.
+        records: what to record of each part of the text.
         layers: how many.
         up_function: what the FFN applies to up's output before the product.
     """
 
-    def __init__(self, path: Path, kind: str, layers: int, up_function: Activation) -> None:
-        self.path, self.kind = path, kind
+    def __init__(self, path: Path, records: Records, layers: int, up_function: Activation) -> None:
+        self.path, self.records = path, records
         self._up_function = up_function
         self.part: str | None = None
         self.done = 0
@@ -169,9 +167,8 @@ class Recorder:
 
     def __call__(self, seen: Seen) -> mx.array:
         """Record one layer's chunk; evaluates it."""
-        kinds = FILES[self.kind].get(self.part or "", ())
-        squares = self.kind == "threshold" and self.part == "train" and seen.up is not None
-        if not kinds and not squares:
+        kinds = self.records.get(self.part or "", ())
+        if not kinds:
             return seen.h
         finite = mx.isfinite(seen.h).all() & mx.isfinite(seen.x).all()
         mx.eval(seen.x, seen.gate, seen.h, finite)
@@ -181,9 +178,11 @@ class Recorder:
                 "calibration text: its weights or its float type do not hold; nothing was "
                 "written; convert the model again, with another --dtype"
             )
-        if squares:
+        if SQUARES in kinds and seen.up is not None:
             self._add_squares(seen)
         for what in kinds:
+            if what == SQUARES:
+                continue
             file = self.path / file_name(seen.layer, self.part, what)
             with open(file, "ab") as f:
                 f.write(_raw(seen, what).data)
@@ -195,6 +194,11 @@ class Recorder:
         before = self.squares[seen.layer]
         self.squares[seen.layer] = total if not before.size else before + total
         self.counts[seen.layer] += up.shape[0]
+
+    def mean_squares(self) -> list[np.ndarray | None]:
+        """Mean square of up's output of each layer [rows], where it was recorded."""
+        pairs = zip(self.squares, self.counts, strict=True)
+        return [total / count if count else None for total, count in pairs]
 
     def commit(self) -> None:
         """All that was seen of one more sequence is written: remember it."""

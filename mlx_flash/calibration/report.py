@@ -13,16 +13,25 @@ from typing import Any
 
 from mlx_flash import __version__
 from mlx_flash.calibration.neurons.activity import WINDOWS
-from mlx_flash.calibration.neurons.layer_fit import WINDOW
+from mlx_flash.calibration.neurons.training_data import WINDOW
 from mlx_flash.common.files import atomic_write, replacing
 from mlx_flash.common.sizes import show
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.predictors import registry
+from mlx_flash.predictors.registry import WHOLE
 
 from .settings import Settings
 from .text import CalibrationText
 
 FORMAT_VERSION = 1
 JSON, TABLE, PLOT = "calibration.json", "calibration.txt", "calibration.png"
+TARGETS = {"target_recall": "recall", "sparsity": "sparsity"}  # see ``registry.Training``
+COLUMNS = {"rank": ("rank", "d"), "threshold": ("cut", ".4f")}  # figure -> heading, format
+SCORES = {
+    "activation": "by |activation| alone",
+    "scaled": "by |activation| times what a row adds per unit of it on average",
+    "product": "by the row's true share (an oracle)",
+}
 NO_PLOT = "the picture needs matplotlib: pip install mlx-flash-rows[training]"
 
 
@@ -61,7 +70,7 @@ def _total(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     total = {name: sum(layer[name] for layer in layers) for name in added}
     active, rows = total["active"], total["rows"]
     hits = sum(layer["recall"] * layer["active"] for layer in layers)
-    chosen = [layer for layer in layers if layer["kind"] != "none"]
+    chosen = [layer for layer in layers if layer["kind"] != WHOLE]
     own = sum(layer["active"] for layer in chosen)
     return total | {
         "sparsity": 1 - active / rows,
@@ -112,11 +121,8 @@ def write(
 def table(report: dict[str, Any]) -> str:
     """The report for people, as plain text."""
     settings, text, total = report["settings"], report["text"], report["total"]
-    wanted = (
-        f"recall {settings['target_recall']:g}"
-        if settings["kind"] == "low-rank"
-        else f"sparsity {settings['sparsity']:g}"
-    )
+    training = registry.trained()[settings["kind"]]
+    wanted = f"{TARGETS[training.target]} {settings[training.target]:g}"
     lines = [
         f"{report['model']}: {settings['kind']} predictors, {wanted}, seed {settings['seed']}",
         f"Text: {text['source']}, sequences of {text['sequence']} tokens; {text['train_tokens']} "
@@ -124,7 +130,7 @@ def table(report: dict[str, Any]) -> str:
         f"{text['held_out_tokens']} held out",
         "",
     ]
-    lines += _layer_table(report["layers"], settings["kind"])
+    lines += _layer_table(report["layers"], training.column)
     lines += [
         "",
         f"All layers: {100 * total['sparsity']:.2f} % of the rows zero, recall "
@@ -143,14 +149,10 @@ def table(report: dict[str, Any]) -> str:
         )
     for name, value in report["perplexity"]["other_scores"].items():
         dense = report["perplexity"]["held_out"]["dense"]
-        what = {
-            "activation": "by |activation| alone",
-            "scaled": "by |activation| times what a row adds per unit of it on average",
-            "product": "by the row's true share (an oracle)",
-        }[name]
+        what = SCORES.get(name, name)
         lines.append(f"  held out, {what}: {value:.3f} ({100 * (value / dense - 1):+.2f} %)")
     allowed, found = settings["max_loss"], report["perplexity"]["held_out"]["loss"]
-    if settings["kind"] == "low-rank" and found > allowed:
+    if training.raised and found > allowed:
         lines.append(
             f"The loss is above the {100 * allowed:g} % asked for; a higher --target-recall or "
             "--rank, or more --tokens, would lower it."
@@ -160,18 +162,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _layer_table(layers: Sequence[dict[str, Any]], kind: str) -> list[str]:
+def _layer_table(layers: Sequence[dict[str, Any]], column: str) -> list[str]:
+    name, shown = COLUMNS[column]
     head = (
-        f"{'layer':>5} {'rank' if kind == 'low-rank' else 'cut':>6} {'zero %':>7} {'recall':>7} "
+        f"{'layer':>5} {name:>6} {'zero %':>7} {'recall':>7} "
         f"{'weighted':>8} {'false +':>8} {'pred/act':>8} {'rows':>7} {'memory':>9}  "
         f"fresh rows per token, windows 1 to {max(WINDOWS)}"
     )
     lines = [head]
     for layer in layers:
-        if layer["kind"] == "none":
-            how = "whole"
-        else:
-            how = str(layer["rank"]) if kind == "low-rank" else f"{layer['threshold']:.4f}"
+        how = "whole" if layer["kind"] == WHOLE else format(layer[column], shown)
         fresh = " ".join(f"{layer['fresh'][str(k)]:6.0f}" for k in WINDOWS)
         lines.append(
             f"{layer['layer']:>5} {how:>6} {100 * layer['sparsity']:>7.2f} {layer['recall']:>7.4f} "

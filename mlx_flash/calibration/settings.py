@@ -1,83 +1,82 @@
-"""What a calibration is asked for, and whether it makes sense for the model.
-
-Knows: ranges, what each kind of predictor needs of an activation. Does not know: texts, how
-anything is fitted.
-"""
+"""What a calibration is asked for, and whether it can be had from the model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mlx_flash.errors import CalibrationError, ModelError
+from mlx_flash.errors import CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
-from mlx_flash.predictors.registry import NONLINEARITIES
-
-TOKENS = {"low-rank": 16384, "threshold": 4096}  # to train on
+from mlx_flash.predictors import registry
+from mlx_flash.predictors.registry import NONLINEARITIES, Training
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a calibration is asked for; see ``calibrate.calibrate``."""
+    """What a calibration is asked for; see ``calibrate.calibrate``.
 
-    kind: str
-    rank: int | str
-    target_recall: float
-    sparsity: float
-    nonlinearity: str
-    tokens: int
-    seed: int
-    max_loss: float
+    ``kind`` and ``tokens`` are None until ``check_settings`` has put their defaults in.
+    """
+
+    kind: str | None = None
+    rank: int | str = "auto"
+    target_recall: float = 0.95
+    sparsity: float = 0.5
+    nonlinearity: str = "none"
+    tokens: int | None = None
+    seed: int = 0
+    max_loss: float = 0.01
+
+    @property
+    def training(self) -> Training:
+        """How predictors of the kind are learned."""
+        return registry.trained()[self.kind or ""]
+
+    @property
+    def target(self) -> float:
+        """What a layer's predictor is fitted for at first."""
+        return getattr(self, self.training.target)
 
 
-def check_settings(
-    directory: ModelDirectory,
-    kind: str | None,
-    rank: int | str,
-    target_recall: float,
-    sparsity: float,
-    nonlinearity: str,
-    tokens: int | None,
-    seed: int,
-    max_loss: float,
-) -> Settings:
-    """The settings, complete; raises CalibrationError where they make no sense for the model."""
+def check_settings(directory: ModelDirectory, given: Settings) -> Settings:
+    """The settings with their defaults.
+
+    Raises:
+        CalibrationError: one is out of range, or the model has no such predictors.
+    """
     if directory.unit != "neuron":
         raise CalibrationError(
             f"{directory.path} has no neurons to predict: its quantised FFNs are read whole; "
             "convert the float checkpoint"
         )
     ffn = directory.ffn
-    kind = kind or ("low-rank" if families.has_zeros(ffn) else "threshold")
-    if kind not in TOKENS:
-        raise CalibrationError(f"kind {kind!r}; expected {' or '.join(TOKENS)}")
-    if kind == "low-rank" and not families.has_zeros(ffn):
-        raise CalibrationError(
-            f"the activation of this model, {ffn.activation}, has no zeros to predict: every row "
-            "counts for every token; --kind threshold would leave the small ones out, at a loss"
-        )
-    if kind == "threshold":
-        try:
-            families.gate_function(ffn)
-        except ModelError as error:
-            raise CalibrationError(f"no threshold can be set for this model: {error}") from error
-    d_model = directory.d_model
+    kind = given.kind or ("low-rank" if families.has_zeros(ffn) else "threshold")
+    if kind not in registry.fitted():
+        raise CalibrationError(f"kind {kind!r}; expected {' or '.join(registry.fitted())}")
+    training = registry.trained()[kind]
+    if reason := registry.load(training.fitter).refusal(ffn):
+        raise CalibrationError(reason)
+    _check_ranges(given, directory.d_model)
+    tokens = training.tokens if given.tokens is None else given.tokens
+    return replace(given, kind=kind, tokens=tokens)
+
+
+def _check_ranges(given: Settings, d_model: int) -> None:
+    rank = given.rank
     if rank != "auto" and (not isinstance(rank, int) or not 1 <= rank <= d_model):
         raise CalibrationError(f"rank {rank!r}; expected auto or 1 to {d_model}, the model's width")
-    if not 0 < target_recall < 1:
+    if not 0 < given.target_recall < 1:
         raise CalibrationError(
-            f"a recall of {target_recall}; expected one between 0 and 1, such as 0.95"
+            f"a recall of {given.target_recall}; expected one between 0 and 1, such as 0.95"
         )
-    if not 0 < sparsity < 1:
+    if not 0 < given.sparsity < 1:
         raise CalibrationError(
-            f"a sparsity of {sparsity}; expected one between 0 and 1, such as 0.5"
+            f"a sparsity of {given.sparsity}; expected one between 0 and 1, such as 0.5"
         )
-    if nonlinearity not in NONLINEARITIES:
+    if given.nonlinearity not in NONLINEARITIES:
         known = " or ".join(NONLINEARITIES)
-        raise CalibrationError(f"nonlinearity {nonlinearity!r}; expected {known}")
-    if not 0 <= max_loss < float("inf"):
-        raise CalibrationError(f"a loss of {max_loss}; expected one from 0 on, such as 0.01")
-    if seed < 0:
-        raise CalibrationError(f"seed {seed}; expected one from 0 on")
-    tokens = TOKENS[kind] if tokens is None else tokens
-    return Settings(kind, rank, target_recall, sparsity, nonlinearity, tokens, seed, max_loss)
+        raise CalibrationError(f"nonlinearity {given.nonlinearity!r}; expected {known}")
+    if not 0 <= given.max_loss < float("inf"):
+        raise CalibrationError(f"a loss of {given.max_loss}; expected one from 0 on, such as 0.01")
+    if given.seed < 0:
+        raise CalibrationError(f"seed {given.seed}; expected one from 0 on")

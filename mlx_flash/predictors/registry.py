@@ -83,7 +83,7 @@ LOW_RANK = PredictorKind(
     training=Training(
         tensors={"first": ("rank", "d_model"), "second": ("rows", "rank"), "bias": ("rows",)},
         needed=("first", "second"),
-        fitter="mlx_flash.calibration.neurons.layer_fit:LowRankLayers",
+        fitter="mlx_flash.calibration.neurons.low_rank_fitter:LowRankFitter",
         records={"train": ("x", "active"), "validation": ("x", "active", "h")},
         tokens=16384,
         target="target_recall",
@@ -105,7 +105,7 @@ THRESHOLD = PredictorKind(
             "floor": ("rows",),
         },
         together=("first", "second", "floor"),
-        fitter="mlx_flash.calibration.neurons.layer_fit:ThresholdLayers",
+        fitter="mlx_flash.calibration.neurons.threshold_fitter:ThresholdFitter",
         records={"train": ("x", "up_squares"), "validation": ("x", "gate", "h")},
         tokens=4096,
         target="sparsity",

@@ -5,39 +5,33 @@ written down. From the training part of the text comes each layer's curve of mis
 slots shared out by the curves are held against equal shares, and used only if they do better. What
 is interrupted goes on when the same call is made again; the file is written last, whole or not at
 all.
-
-Knows: the order of work. Does not know: how experts are recorded (``expert_trace``), what is
-counted (``expert_figures``), how figures are shown (``expert_report``).
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_flash.calibration import recordings, report
-from mlx_flash.calibration import text as text_module
-from mlx_flash.calibration.neurons.perplexity_search import Progress
 from mlx_flash.calibration.text import CalibrationText
+from mlx_flash.calibration.text_run import (
+    Progress,
+    TextRun,
+    check_writable,
+    small_cache,
+    tokenised,
+)
 from mlx_flash.common.files import digest_of
-from mlx_flash.common.sizes import parse_ram, show
-from mlx_flash.errors import BudgetError, CalibrationError
+from mlx_flash.common.sizes import parse_ram
+from mlx_flash.errors import CalibrationError
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.model_directory.expert_demand_file import ExpertDemand
 from mlx_flash.models import mixtures
-from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_requirements import MLX_CACHE, paging_requirements
-from mlx_flash.runtime.options import PagingOptions
+from mlx_flash.runtime.memory_requirements import paging_requirements
 
 from . import figures as figures_module
 from . import report as report_module
@@ -70,7 +64,7 @@ def measure(
 
     Args:
         directory: of a mixture.
-        data: text, see ``calibration_text.load``; None for the one that ships.
+        data: text, see ``text.load``; None for the one that ships.
         tokens: to make the curves from; default 4096. An eighth as many warm the caches for the
             quarter on which ways to share slots out are compared.
         ram: bytes or text such as "4GB" that the whole process may take.
@@ -90,24 +84,21 @@ def measure(
         raise CalibrationError(f"seed {seed}; expected one from 0 on")
     settings = Settings("experts", TOKENS if tokens is None else tokens, seed)
     budget = None if ram is None else parse_ram(ram)
-    if not os.access(directory.path, os.W_OK | os.X_OK):
-        raise CalibrationError(f"no permission to write in {directory.path}; the figures go there")
-    positions = directory.config.get("max_position_embeddings")
-    tokenizer = load_tokenizer(directory)
-    text = text_module.load(data, tokenizer, settings.tokens, positions, seed)
-    del tokenizer
+    check_writable(directory, "the figures")
+    text = tokenised(directory, data, settings.tokens, seed)
     work = recordings.path_for(directory)
     what = ("experts", FORMAT_VERSION, directory.rows.fingerprint, text.sha256, asdict(settings))
     key = digest_of(what)
     with recordings.working_directory(work, key):
-        job = _Job(directory, settings, text, work, budget, progress or (lambda *_: None))
-        found = job.run()
+        found = Measurement(directory, settings, text, work, budget, progress).run()
         recordings.remove(work)
     return found
 
 
-class _Job:
-    """One measurement."""
+class Measurement(TextRun):
+    """One measurement, its settings complete."""
+
+    name = "measuring"
 
     def __init__(
         self,
@@ -116,19 +107,18 @@ class _Job:
         text: CalibrationText,
         work: Path,
         ram: int | None,
-        progress: Progress,
+        progress: Progress | None,
     ) -> None:
-        self.directory, self.settings, self.text = directory, settings, text
-        self.work, self.ram, self.progress = work, ram, progress
+        super().__init__(directory, text, work, ram, progress)
+        self.settings = settings
         self.sequences = np.concatenate(list(text.parts().values()))
         self.layers = len(directory.rows.layers)
-        self.seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
         """All of it; returns the report."""
-        with self._timed("recording"):
+        with self.timed("recording"):
             self._record()
-        with self._timed("counting"):
+        with self.timed("counting"):
             train = range(len(self.text.train))
             rest = range(len(train), len(self.sequences))
             figures, unseen = [], []
@@ -143,12 +133,6 @@ class _Job:
             splits = figures_module.compare_splits(figures, needs, unseen)
         return self._write(figures, splits)
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)
-
     def _record(self) -> None:
         """Run the model over what of the text is not recorded yet."""
         count, length = len(self.sequences), self.text.length
@@ -158,42 +142,15 @@ class _Job:
             return
         top_k = mixtures.expert_counts(self.directory.config, self.directory.mixture)[1]
         reserve = 2 * 2 * top_k * self.layers * length
-        with self._model(reserve) as model:
+        with (
+            small_cache(self.ram),
+            self.model(reserve, "what is recorded", lookahead=False) as model,
+        ):
             recorder = trace.Recorder(model, top_k)
             for i in range(done, count):
                 found = recorder.run(self.sequences[i], model.flash.plan.step)
                 trace.save(self.work, i, found)
                 self.progress("recording", (i + 1) * length, count * length)
-
-    @contextmanager
-    def _model(self, reserve: int) -> Iterator[Any]:
-        """The model in equal shares, whatever was measured before."""
-        limit = None if self.ram is None else mx.set_cache_limit(MLX_CACHE)
-        ram = None if self.ram is None else max(1, self.ram - reserve)
-        try:
-            yield from self._loaded(ram, reserve)
-        finally:
-            if limit is not None:
-                mx.set_cache_limit(limit)
-
-    def _loaded(self, ram: int | None, reserve: int) -> Iterator[Any]:
-        try:
-            model = load_model(
-                self.directory,
-                PagingOptions(ram=ram, context=self.text.length, predictor="none", lookahead=False),
-            )
-        except BudgetError as error:
-            raise BudgetError(
-                f"measuring takes {show(reserve)} of the RAM budget for what is recorded; with the "
-                f"rest: {error}"
-            ) from error
-        try:
-            yield model
-        finally:
-            model.flash.close()
-            del model
-            gc.collect()
-            mx.clear_cache()
 
     def _asked(self, layer: int, sequences: range) -> Asked:
         chosen, foretold = trace.load(self.work, sequences, layer)

@@ -1,7 +1,4 @@
-"""Which rows each token of a text asks for, by the predictor that a model directory runs with.
-
-Knows: predictors, the recordings of ``spool``. Does not know: what order is made of them.
-"""
+"""Which rows each token of a text asks for, by the predictor that a model directory runs with."""
 
 from __future__ import annotations
 
@@ -13,17 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.calibration import probes, recordings
-from mlx_flash.calibration.neurons.perplexity_search import Progress
 from mlx_flash.calibration.probes import Seen
-from mlx_flash.calibration.text import CalibrationText
+from mlx_flash.calibration.text_run import TextRun
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.predictors.selection import Selection
-from mlx_flash.runtime.load import load_model
-from mlx_flash.runtime.options import PagingOptions
 
-KIND = "rows"  # of recording, see ``spool.FILES``
-PARTS = ("train", "held_out")
+PARTS = ("train", "held_out")  # of the text
+RECORDS = dict.fromkeys(PARTS, ("active",))
 
 
 def asked(directory: ModelDirectory, selection: Selection) -> Callable[[Seen], mx.array]:
@@ -35,21 +29,14 @@ def asked(directory: ModelDirectory, selection: Selection) -> Callable[[Seen], m
     return lambda seen: predictors[seen.layer].mask(seen.x, seen.gate)
 
 
-def record(
-    directory: ModelDirectory,
-    selection: Selection,
-    text: CalibrationText,
-    work: Path,
-    ram: int | None,
-    progress: Progress,
-) -> None:
-    """Run the model over a text and write what its tokens ask for; goes on where it stopped.
+def record(run: TextRun, selection: Selection) -> None:
+    """Write what the tokens of a text ask for to the run's working directory.
 
-    Args:
-        work: from ``spool.working_directory``.
+    What is interrupted goes on when the same call is made again.
     """
+    directory, text, progress = run.directory, run.text, run.progress
     ffn, layers = directory.ffn, len(directory.rows.layers)
-    recorder = recordings.Recorder(work, KIND, layers, families.up_function(ffn))
+    recorder = recordings.Recorder(run.work, RECORDS, layers, families.up_function(ffn))
     sequences = [(name, tokens) for name in PARTS for tokens in text.parts()[name]]
     progress("recording", recorder.done * text.length, len(sequences) * text.length)
     if recorder.done == len(sequences):
@@ -60,16 +47,13 @@ def record(
         recorder(replace(seen, h=find(seen).astype(seen.x.dtype)))
         return seen.h
 
-    model = load_model(directory, PagingOptions(ram=ram, context=text.length, predictor="none"))
-    try:
+    with run.model() as model:
         probes.watch(model, ffn, watcher)
         for name, tokens in sequences[recorder.done :]:
             recorder.part = name
             probes.run(model, tokens, model.flash.plan.step)
             recorder.commit()
             progress("recording", recorder.done * text.length, len(sequences) * text.length)
-    finally:
-        model.flash.close()
 
 
 def recorded(directory: ModelDirectory, work: Path, layer: int, part: str) -> np.ndarray:

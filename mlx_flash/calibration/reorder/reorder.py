@@ -24,8 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.calibration import recordings
-from mlx_flash.calibration import text as text_module
-from mlx_flash.calibration.neurons.perplexity_search import Progress
+from mlx_flash.calibration.text_run import Progress, TextRun, tokenised
 from mlx_flash.common.files import atomic_write, digest_of, sha256_of, sync
 from mlx_flash.common.sizes import parse_ram
 from mlx_flash.errors import ConvertError, DamagedError, ModelError, PredictorError
@@ -38,7 +37,6 @@ from mlx_flash.paging.simulate import misses
 from mlx_flash.paging.slots.slot_memory import SlotMemory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import Selection, select
-from mlx_flash.runtime.load import load_tokenizer
 from mlx_flash.storage.read_requests import gap_bytes
 from mlx_flash.storage.reader import REQUEST_BYTES, RowReader
 from mlx_flash.storage.row_layout import RowLayout
@@ -74,7 +72,7 @@ def reorder(
         path: model directory whose rows are neurons and whose tokens need some of them only: with
             an activation that has zeros, or with predictors from ``calibrate``.
         out: model directory to make; None to replace ``path`` when all is done.
-        data: text to measure on, see ``calibration_text.load``.
+        data: text to measure on, see ``text.load``.
         tokens: to learn from; a quarter as many more for the figures.
         ram: bytes or text such as "4GB" that running the model over the text may take.
         seed: picks sequences from a longer text.
@@ -99,10 +97,7 @@ def reorder(
     if not dry_run:
         _check_target(source, target)
         writing.check_disk(target, _disk_bytes(directory), "another --out")
-    tokenizer = load_tokenizer(directory)
-    positions = directory.config.get("max_position_embeddings")
-    text = text_module.load(data, tokenizer, tokens, positions, seed)
-    del tokenizer
+    text = tokenised(directory, data, tokens, seed)
     settings = {
         "version": FORMAT_VERSION,
         "text": text.sha256,
@@ -114,13 +109,13 @@ def reorder(
     key = digest_of([settings, directory.config["flash"]["config_sha256"]])
     counts = {name: part.size for name, part in text.parts().items()}
     report = progress or (lambda *_: None)
-    recordings.check_disk(work, recordings.disk_bytes(directory, access_trace.KIND, counts))
+    recordings.check_disk(work, recordings.disk_bytes(directory, access_trace.RECORDS, counts))
     with recordings.working_directory(work, key):
         done = directory.config["flash"].get("row_order") or {}
         if done.get("settings") == settings and target == source and not dry_run:
             found |= {"done_before": True, "written": None}
         else:
-            access_trace.record(directory, selection, text, work, budget, report)
+            access_trace.record(TextRun(directory, text, work, budget, report), selection)
             orders = _orders(directory, selection, work, report)
             found |= {"done_before": False, "written": None}
             found |= _figures(directory, selection, orders, work, report)

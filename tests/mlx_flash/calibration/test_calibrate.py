@@ -18,12 +18,11 @@ from mlx_lm import utils
 from support.tiny import make_checkpoint
 
 from mlx_flash import cli
-from mlx_flash.calibration import calibrate as module
-from mlx_flash.calibration import probes, recordings, report
+from mlx_flash.calibration import probes, recordings, report, text_run
 from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.calibration.neurons import low_rank_fit
-from mlx_flash.calibration.neurons.layer_fit import LowRankLayers
+from mlx_flash.calibration.neurons.low_rank_fitter import LowRankFitter
 from mlx_flash.common.platform import current_platform
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError, CalibrationError
@@ -70,7 +69,7 @@ def opt_raised(opt, tmp_path_factory):
     model = tmp_path_factory.mktemp("raised") / "flash"
     subprocess.run(["cp", "-r", opt, model], check=True)
     alive, left = [], []
-    watch, fitted = probes.watch, LowRankLayers.fit
+    watch, fitted = probes.watch, LowRankFitter.fit
 
     def watched(loaded, *args):
         alive.extend(weakref.ref(mlp) for _, mlp in loaded.flash.pager.found)
@@ -82,8 +81,8 @@ def opt_raised(opt, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "watch", watched)
-        patch.setattr(LowRankLayers, "fit", counted)
-        patch.setattr(LowRankLayers, "ranks", lambda _: (16, 64))
+        patch.setattr(LowRankFitter, "fit", counted)
+        patch.setattr(LowRankFitter, "ranks", lambda _: (16, 64))
         return model, calibrate(model, **RAISED), left
 
 
@@ -197,7 +196,7 @@ def test_interrupted_it_goes_on_and_ends_the_same(opt, opt_report, tmp_path, mon
 
 
 def test_interrupted_in_a_second_fit_it_ends_the_same(opt, opt_raised, tmp_path, monkeypatch):
-    monkeypatch.setattr(LowRankLayers, "ranks", lambda _: (16, 64))
+    monkeypatch.setattr(LowRankFitter, "ranks", lambda _: (16, 64))
     model = tmp_path / "flash"
     subprocess.run(["cp", "-r", opt, model], check=True)
     (model / NAME).unlink(missing_ok=True)
@@ -332,7 +331,7 @@ def test_a_disk_that_fills_up_is_named(opt, opt_report):
 
 
 def test_a_directory_that_cannot_be_written(opt, monkeypatch):
-    monkeypatch.setattr(module.os, "access", lambda *_: False)
+    monkeypatch.setattr(text_run.os, "access", lambda *_: False)
     with pytest.raises(CalibrationError, match="no permission to write in"):
         calibrate(opt)
 
@@ -352,7 +351,7 @@ def test_a_budget_is_kept_and_streaming_gives_the_same(opt, opt_report, tmp_path
 
     ram = current_platform().process_bytes() + 300 * 10**6
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_model", streamed)
+        patch.setattr(text_run, "load_model", streamed)
         found = calibrate(model, **QUICK, ram=ram)
     assert [options.predictor for options in calls] == ["none", "none"]
     assert calls[1].ram < calls[0].ram <= ram - probes.logits_bytes(ModelDirectory(opt))

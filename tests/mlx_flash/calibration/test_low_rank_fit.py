@@ -1,4 +1,4 @@
-"""Fitting on arrays, and counting bits."""
+"""Fitting low-rank predictors on arrays."""
 
 import math
 
@@ -7,10 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_flash.calibration.neurons import activity, low_rank_fit
+from mlx_flash.calibration.neurons import low_rank_fit
 from mlx_flash.errors import CalibrationError
-from mlx_flash.paging.policies import SlidingWindow
-from mlx_flash.paging.slots.slot_table import SlotTable
 
 TOKENS, WIDTH, ROWS = 1536, 32, 96
 
@@ -183,87 +181,3 @@ def test_a_cutoff_survives_the_sigmoid():
         assert 0 < tau < 1
         back = np.float32(math.log(tau / (1 - tau)))
         assert back == np.float32(min(cut, low_rank_fit.MAX_LOGIT))
-
-
-@pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.5, 0.999])
-def test_quantile_leaves_out_the_share_asked_for(sparsity):
-    scores = np.random.default_rng(0).random((40, 50))
-    left_out = (scores <= low_rank_fit.quantile(scores, sparsity)).mean()
-    assert sparsity <= left_out <= sparsity + 1 / scores.size
-
-
-def text_of_rows(tokens=200, rows=60, seed=0):
-    """Rows that come and go, some for several tokens in a row."""
-    random = np.random.default_rng(seed)
-    active = random.random((tokens, rows)) < 0.05
-    return active | (np.roll(active, 1, axis=0) & (random.random((tokens, rows)) < 0.6))
-
-
-def test_fresh_rows_are_what_the_cache_would_read():
-    active = text_of_rows()
-    found = activity.fresh_rows(active)
-    for window in activity.WINDOWS:
-        table, policy = SlotTable(active.shape[1], active.shape[1]), SlidingWindow(60, window)
-        read = [table.update(np.flatnonzero(row), policy).load_rows.size for row in active]
-        assert found[str(window)] == pytest.approx(np.mean(read[max(activity.WINDOWS) :]))
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-
-
-def test_union_sizes():
-    active = text_of_rows()
-    found = activity.union_sizes(active)
-    assert found["1"] == pytest.approx(active.sum(axis=1).mean())
-    unions = [active[i : i + 4].any(axis=0).sum() for i in range(0, 200, 4)]
-    assert found["4"] == pytest.approx(np.mean(unions))
-    assert list(activity.union_sizes(active[:5])) == ["1", "2", "4"]
-
-
-def test_compare_counts():
-    active = np.array([[1, 1, 0, 0], [0, 0, 1, 0]], bool)
-    predicted = np.array([[1, 0, 1, 0], [0, 0, 1, 1]], bool)
-    strength = active * np.array([3.0, 1.0, 2.0, 5.0])
-    found = activity.compare(predicted, active, strength)
-    assert found["sparsity"] == 5 / 8
-    assert (found["active"], found["predicted"]) == (1.5, 2.0)
-    assert found["recall"] == pytest.approx(2 / 3)
-    assert found["weighted_recall"] == pytest.approx(5 / 6)
-    assert found["false_positive_rate"] == pytest.approx(2 / 5)
-    assert found["predicted_per_active"] == pytest.approx(4 / 3)
-    assert found["output_error"] == pytest.approx((1 / 14) ** 0.5)
-    nothing = activity.compare(predicted, np.zeros_like(active), np.zeros(active.shape))
-    assert nothing["recall"] == 1.0
-    assert nothing["output_error"] == 0.0
-
-
-def test_low_rank_copy_is_the_best_of_its_rank():
-    """As good as the truncated SVD on whitened inputs, and honest about what it leaves open."""
-    random = np.random.default_rng(0)
-    mix = random.standard_normal((24, 24)).astype(np.float32)
-    x = random.standard_normal((4000, 24)).astype(np.float32) @ mix
-    weight = random.standard_normal((60, 24)).astype(np.float32)
-    moment = (x.T @ x / len(x)).astype(np.float64)
-    ones = np.ones(60, np.float32)
-    true = x @ weight.T
-    errors = []
-    for rank in (4, 12, 24):
-        first, second, floor = low_rank_fit.low_rank_copy(weight, moment, ones, rank)
-        assert (first.shape, second.shape) == ((rank, 24), (60, rank))
-        wrong = np.square(true - x @ first.T @ second.T)
-        np.testing.assert_allclose(floor, wrong.mean(axis=0), rtol=0.02, atol=1e-2)
-        errors.append(wrong.mean())
-    _, singular, _ = np.linalg.svd(true, full_matrices=False)
-    best = [np.square(singular[rank:]).sum() / true.size for rank in (4, 12)]
-    assert errors[:2] == pytest.approx(best, rel=0.02)
-    assert errors[2] < 1e-3 * errors[0]
-
-
-def test_low_rank_copy_takes_care():
-    """A row that counts more is copied better."""
-    random = np.random.default_rng(1)
-    weight = random.standard_normal((60, 24)).astype(np.float32)
-    care = np.ones(60, np.float32)
-    even = low_rank_fit.low_rank_copy(weight, np.eye(24), care, 6)[2]
-    care[:5] = 10
-    assert (
-        low_rank_fit.low_rank_copy(weight, np.eye(24), care, 6)[2][:5].sum() < 0.3 * even[:5].sum()
-    )
