@@ -67,6 +67,8 @@ class _Header(GGUFReader):
         for field in fields:
             _, name, _, dims, kind, offset = field.parts
             shape = tuple(int(d) for d in reversed(dims.tolist()))
+            if not shape:
+                raise ValueError(f"tensor {bytes(name)!r} has no dimensions")
             at = int(start_offs) + int(offset[0])
             self.infos.append(Tensor(str(bytes(name), "utf-8"), int(kind[0]), shape, at))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_flash.conversion.gguf.header import check_extents, check_file, check_types, read_header
-from mlx_flash.errors import FlashError
+from mlx_flash.errors import DamagedError, FlashError
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -78,18 +78,28 @@ def sound(folder):
     return path.read_bytes(), first.offset, last.end
 
 
-@given(data=st.data())
-def test_damage_is_told(folder, sound, data):
-    """Whatever the bytes: it reads, or it is one of our errors."""
+@given(
+    places=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), min_size=1, max_size=4),
+    size=st.none() | st.integers(0),
+)
+def test_damage_is_told(folder, sound, places, size):
+    """Whatever the bytes of the header: it reads, or it is one of our errors."""
     content, header, _ = sound
     damaged = bytearray(content)
-    places = st.tuples(st.integers(0, header - 1), st.integers(0, 255))
-    for place, value in data.draw(st.lists(places, min_size=1, max_size=4), label="bytes"):
-        damaged[place] = value
-    size = data.draw(st.integers(0, len(content)) | st.just(len(content)), label="size")
+    for place, value in places:
+        damaged[place % header] = value
     path = folder / "damaged.gguf"
-    path.write_bytes(damaged[:size])
+    path.write_bytes(damaged if size is None else damaged[: size % len(content)])
     with contextlib.suppress(FlashError):
+        read(path)
+
+
+def test_a_tensor_without_dimensions(folder, sound):
+    name, one, four = b"tensor 1", (1).to_bytes(4, "little"), (4).to_bytes(8, "little")
+    assert name + one + four in sound[0]
+    path = folder / "point.gguf"
+    path.write_bytes(sound[0].replace(name + one + four, name + bytes(4)))
+    with pytest.raises(DamagedError, match="tensor 1' has no dimensions"):
         read(path)
 
 
