@@ -1,14 +1,15 @@
 """Options of the test run, and what all tests share."""
 
-import functools
+import gc
+import os
 
 import pytest
 from hypothesis import settings
 from support.platforms import use_darwin
 
 from mlx_flash.paging import row_stream
-from mlx_flash.storage.reader import RowReader
 
+FSYNC = os.fsync
 # The same examples every time, so that two runs differ by the code alone; with --whole others each
 # time, and more.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
@@ -16,6 +17,7 @@ settings.register_profile("whole", deadline=None, max_examples=300, print_blob=T
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "durability: of power loss, with the system's own fsync")
     settings.load_profile("whole" if config.getoption("--whole") else "same")
 
 
@@ -27,19 +29,32 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_finish():
+    """Modules stay: each load of a model collects garbage and would go through all of them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_power_loss():
+    """Files need not reach the disk, but where a test is about that (``durability``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def durability(request, monkeypatch):
+    if request.node.get_closest_marker("durability"):
+        monkeypatch.setattr(os, "fsync", FSYNC)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def small_buffers():
     """Buffers for a quarter of a layer, as large models have: tiny layers would fit them whole."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_stream, "LEAST_BYTES", 0)
         yield
-
-
-@pytest.fixture
-def page_cache(monkeypatch):
-    """Reads through the page cache: what is read is the same, and hundreds of runs are quicker."""
-    reader = functools.partial(RowReader, direct=False, threads=2)
-    monkeypatch.setattr("mlx_flash.runtime.load.RowReader", reader)
 
 
 @pytest.fixture

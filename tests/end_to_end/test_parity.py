@@ -19,7 +19,7 @@ from mlx_flash.runtime.options import PagingOptions
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_same_as_dense(tmp_path, page_cache, request, family, dtype):
+def test_same_as_dense(tmp_path, request, family, dtype):
     """Logits with no layer kept, 30 % and all; tokens with some kept.
 
     With ``--whole`` (make test-whole) tokens every time: where all are kept the modules are

@@ -48,6 +48,7 @@ def test_failure_leaves_the_old_file_alone(tmp_path, monkeypatch, at):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.durability
 def test_order_of_what_reaches_the_disk(tmp_path, monkeypatch):
     """The file before its name, the name before anything that the caller does next."""
     done = []

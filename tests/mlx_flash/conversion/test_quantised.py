@@ -95,7 +95,7 @@ def wide(tmp_path_factory):
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_same_as_mlx_lm(wide, tmp_path, page_cache, bits, group_size):
+def test_same_as_mlx_lm(wide, tmp_path, bits, group_size):
     source = wide["float32" if bits % 2 else "bfloat16"]
     asked = {"quantize": True, "q_bits": bits, "q_group_size": group_size}
     directory = ModelDirectory(convert(source, tmp_path / "out", **asked))
@@ -125,7 +125,7 @@ def test_128_tokens(wide, tmp_path, bits, group_size, dtype):
 
 
 @pytest.mark.parametrize("cast", ["float32", "bfloat16"])
-def test_cast_before_quantising(wide, tmp_path, page_cache, cast):
+def test_cast_before_quantising(wide, tmp_path, cast):
     """--dtype with -q: floats are cast first, as in mlx-lm's conversion."""
     (source,) = (path for dtype, path in wide.items() if dtype != cast)
     directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True, dtype=cast))
@@ -136,7 +136,7 @@ def test_cast_before_quantising(wide, tmp_path, page_cache, cast):
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32)])
-def test_modes(wide, tmp_path, page_cache, mode, bits, group_size):
+def test_modes(wide, tmp_path, mode, bits, group_size):
     """QuantizedRows floats: scales of one byte, no biases."""
     directory = ModelDirectory(
         convert(wide["bfloat16"], tmp_path / "out", quantize=True, q_mode=mode)
@@ -153,7 +153,7 @@ def test_modes(wide, tmp_path, page_cache, mode, bits, group_size):
         model.flash.close()
 
 
-def test_recipe(tmp_path, page_cache):
+def test_recipe(tmp_path):
     """More bits for some layers: rows of different layouts in one file."""
     source = make_checkpoint(tmp_path / "hf", "llama", "float32", layers=8, **WIDE)
     out = convert(source, tmp_path / "out", quantize=True, quant_predicate="mixed_4_6")
@@ -178,7 +178,7 @@ def recipe_of(source, recipe):
 
 @pytest.mark.parametrize("family", ["phi3", "glm4", "starcoder2", "gpt2", "phi"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fused_and_ungated(tmp_path, page_cache, family, dtype):
+def test_fused_and_ungated(tmp_path, family, dtype):
     """Gate and up in one matrix; FFNs without a gate, whose biases stay resident."""
     source = make_checkpoint(tmp_path / "hf", family, dtype, layers=2)
     directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True, q_group_size=32))
@@ -224,7 +224,7 @@ def test_what_mlx_lm_cannot_quantise(tmp_path, family):
 @pytest.mark.parametrize(
     "family", sorted(f for f in FAMILIES if not is_rowwise(f) and f not in REFUSED)
 )
-def test_every_family_without_zeros(tmp_path, page_cache, family):
+def test_every_family_without_zeros(tmp_path, family):
     source = make_checkpoint(tmp_path / "hf", family, "float32")
     directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True, q_group_size=32))
     assert directory.unit == "layer"
@@ -235,7 +235,7 @@ def test_every_family_without_zeros(tmp_path, page_cache, family):
         model.flash.close()
 
 
-def test_ffn_that_is_quantised_in_part(tmp_path, page_cache):
+def test_ffn_that_is_quantised_in_part(tmp_path):
     """64 does not divide d_ffn 160: mlx-lm leaves down as it is, and so do the rows."""
     source = make_checkpoint(tmp_path / "hf", "llama", "bfloat16")
     directory = ModelDirectory(convert(source, tmp_path / "out", quantize=True))
@@ -259,7 +259,6 @@ def test_ffn_that_is_quantised_in_part(tmp_path, page_cache):
 def test_checkpoints_are_kept_as_they_are(
     wide,
     tmp_path,
-    page_cache,
     bits,
     group_size,
     mode,
@@ -284,7 +283,7 @@ def test_checkpoints_are_kept_as_they_are(
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "nemotron"])
-def test_quantised_relu_checkpoints_are_read_whole(tmp_path, page_cache, family):
+def test_quantised_relu_checkpoints_are_read_whole(tmp_path, family):
     """Their down is quantised across neurons: no neuron can be read alone."""
     source = make_checkpoint(tmp_path / "hf", family, "float32", **RELU[family])
     saved = saved_by_mlx_lm(source, tmp_path / "saved", 4, 32)
@@ -297,7 +296,7 @@ def test_quantised_relu_checkpoints_are_read_whole(tmp_path, page_cache, family)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
-def test_dequantize(tmp_path, page_cache, family):
+def test_dequantize(tmp_path, family):
     """Floats of a quantised checkpoint, as mlx-lm dequantises them; neurons are rows again."""
     if family == "mixtral":
         source = tiny_mixtures.make_mixture(tmp_path / "hf", family, num_hidden_layers=2)
@@ -360,7 +359,7 @@ def relative(found, expected):
 
 @pytest.mark.parametrize("family", RELU)
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32)])
-def test_every_relu_family(tmp_path, page_cache, family, bits, group_size):
+def test_every_relu_family(tmp_path, family, bits, group_size):
     """Dense, streamed, kept and predicted, of the same directory; and floats of its numbers."""
     source = make_checkpoint(tmp_path / "hf", family, "float32", **RELU[family])
     asked = {"quantize": True, "q_bits": bits, "q_group_size": group_size}

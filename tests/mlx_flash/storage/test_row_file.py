@@ -578,6 +578,7 @@ def test_killed_in_any_write_resumes(tmp_path, whole, monkeypatch, torn):
     assert last == 2 * len(ROWS) + 1
 
 
+@pytest.mark.durability
 def test_a_hash_is_recorded_after_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
     calls = []
     pwrite, fsync = os.pwrite, os.fsync
