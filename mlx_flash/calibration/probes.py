@@ -2,29 +2,31 @@
 
 ``watch`` puts itself around two projections of every FFN: the one whose output decides which rows
 are active (the gate, or up where there is none), and down, whose input is what the rows give. That
-way nothing is computed twice and every family works alike, kept or streamed.
+way nothing is computed twice and every family works alike, kept or streamed. ``tap`` puts somebody
+in front of any modules.
 
-Knows: mlx-lm models as ``loader`` makes them. Does not know: predictors, files. The comparison of
-perplexities is that of LLM in a flash, section 4, in small: what predictors cost in quality.
+The comparison of perplexities is that of LLM in a flash, section 4, in small: what predictors cost
+in quality.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.errors import CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.families import Ffn, projections
 
-LOGITS_BYTES = 48 << 20  # that many may be spent on the logits of a chunk
+LOGITS_BYTES = 48 << 20  # memory for the logits of a chunk of tokens
 BYTES_PER_LOGIT = 12  # in the model's type, in float32, and their exponentials
 
 
@@ -50,26 +52,53 @@ class Seen:
 Watcher = Callable[[Seen], mx.array]
 
 
-class _Tap(nn.Module):
-    """A projection with something done to what goes in, and with what came out."""
+class Tap(nn.Module):
+    """A module with somebody who sees what goes in and what comes out.
 
-    def __init__(self, inner: nn.Module, before: Any = None, after: Any = None) -> None:
+    Args:
+        inner: the module.
+        before: given a call's positional arguments; what it returns takes the place of the first.
+        after: given the first argument and the result.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        before: Callable[..., mx.array] | None = None,
+        after: Callable[[mx.array, mx.array], None] | None = None,
+    ) -> None:
         super().__init__()
         self.inner = inner
         self._before, self._after = before, after
 
     def bind(self, rows: mx.array) -> None:
+        """Hand rows on to a ``RowLinear``."""
         self.inner.bind(rows)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.inner(x if self._before is None else self._before(x))
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        x = x if self._before is None else self._before(x, *args)
+        y = self.inner(x, *args, **kwargs)
         if self._after is not None:
             self._after(x, y)
         return y
 
 
+def tap(model: nn.Module, watchers: Mapping[str, Callable[..., mx.array]]) -> None:
+    """Put a ``Tap`` around modules of a model, for good.
+
+    Args:
+        watchers: path of a module -> ``Tap.before``.
+    """
+    modules = dict(model.named_modules())
+    taps = [(path, Tap(modules[path], before)) for path, before in watchers.items()]
+    model.update_modules(tree_unflatten(taps))
+
+
 def watch(model: nn.Module, ffn: Ffn, watcher: Watcher) -> None:
-    """Call ``watcher`` in every FFN of a loaded model; what it returns takes the place of h."""
+    """Call ``watcher`` in every FFN of a loaded model.
+
+    The watcher's return value replaces the FFN's hidden activations ``h``.
+    """
     for layer, (_, mlp) in enumerate(model.flash.pager.found):
         _watch_layer(mlp, ffn, layer, watcher)
 
@@ -96,12 +125,12 @@ def _watch_layer(mlp: nn.Module, ffn: Ffn, layer: int, watcher: Watcher) -> None
 
     for name in dict.fromkeys(name for part, name in names.items() if part != "down"):
         part = next(part for part, other in names.items() if other == name)
-        mlp[name] = _Tap(mlp[name], after=after(part))
-    mlp[names["down"]] = _Tap(mlp[names["down"]], before=before)
+        mlp[name] = Tap(mlp[name], after=after(part))
+    mlp[names["down"]] = Tap(mlp[names["down"]], before=before)
 
 
 def chunk_size(directory: ModelDirectory, step: int) -> int:
-    """Tokens of a chunk whose logits are looked at, where memory is planned for ``step``."""
+    """Number of tokens whose logits are computed at once, at most ``step``."""
     return max(1, min(step, LOGITS_BYTES // (vocabulary(directory) * BYTES_PER_LOGIT)))
 
 
@@ -117,7 +146,7 @@ def vocabulary(directory: ModelDirectory) -> int:
 
 
 def run(model: nn.Module, tokens: np.ndarray, chunk: int) -> None:
-    """Run one sequence for what a watcher makes of it; no logits are computed."""
+    """Run one sequence for the sake of watchers; no logits are computed."""
     cache = make_prompt_cache(model)
     for start in range(0, len(tokens), chunk):
         model(mx.array(tokens[None, start : start + chunk]), cache=cache)
@@ -128,7 +157,7 @@ def loss(model: nn.Module, tokens: np.ndarray, chunk: int) -> float:
     """Sum of -log p of every token but the first of one sequence.
 
     Raises:
-        CalibrationError: it is no number.
+        CalibrationError: it is infinite or not a number.
     """
     cache = make_prompt_cache(model)
     total = 0.0
@@ -145,7 +174,7 @@ def loss(model: nn.Module, tokens: np.ndarray, chunk: int) -> float:
     if not math.isfinite(total):
         raise CalibrationError(
             f"the model's loss on the calibration text is {total}: its weights or its float type "
-            "do not hold; convert it again, with another --dtype"
+            "cannot hold its numbers; convert it again, with another --dtype"
         )
     return total
 

@@ -22,10 +22,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash import __version__
+from mlx_flash.calibration import probes
 from mlx_flash.calibration.experts import trace
 from mlx_flash.common import files, user_cache
 from mlx_flash.common.platform import current_platform
@@ -287,20 +286,18 @@ class _Trial:
         flash = loaded.flash
         seen: list[list[np.ndarray]] = [[] for _ in flash.ffns]
         modules = dict(loaded.named_modules())
-        taps = []
-        for i, (path, _) in enumerate(flash.ffns):
-            if isinstance(modules[path], SparseMLP):
-                taps.append((path, _Tap(modules[path], seen[i])))
-        loaded.update_modules(tree_unflatten(taps))
+        watchers = {
+            path: _watcher(modules[path], lists)
+            for (path, _), lists in zip(flash.ffns, seen, strict=True)
+            if isinstance(modules[path], SparseMLP)
+        }
+        probes.tap(loaded, watchers)
         chunk = max(1, min(CHUNK, flash.plan.step))
 
         def record(tokens: np.ndarray) -> list[np.ndarray]:
             for lists in seen:
                 lists.clear()
-            cache = make_prompt_cache(loaded)
-            for at in range(0, len(tokens), chunk):
-                loaded(mx.array(tokens[None, at : at + chunk]), cache=cache)
-                mx.eval([c.state for c in cache])
+            probes.run(loaded, tokens, chunk)
             found = []
             for layer, steps in zip(self.model.directory.rows.layers, seen, strict=True):
                 active = np.zeros((len(tokens), layer.rows), bool)
@@ -370,14 +367,11 @@ def _compute(steps: list[Step]) -> float:
     return float(np.median([s.seconds - s.stats.wait_seconds for s in steps if s.stats]))
 
 
-class _Tap(nn.Module):
-    """A paged FFN, and which rows each token needs of it."""
+def _watcher(mlp: SparseMLP, seen: list[np.ndarray]) -> Callable[..., mx.array]:
+    """Adds to ``seen`` the rows that each token needs of a paged FFN."""
 
-    def __init__(self, inner: SparseMLP, seen: list[np.ndarray]) -> None:
-        super().__init__()
-        self.inner = inner
-        self._seen = seen
+    def watcher(x: mx.array, *_: Any) -> mx.array:
+        seen.extend(mlp.wanted(x))
+        return x
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self._seen.extend(self.inner.wanted(x))
-        return self.inner(x, *args, **kwargs)
+    return watcher

@@ -3,9 +3,6 @@
 A watcher around every switch module, paged or not, writes down the expert numbers that the router
 hands over, and what the next layer's router would say to the same hidden state. Sequence by
 sequence they go to a working directory, so that an interrupted recording goes on behind them.
-
-Knows: mlx-lm models as ``loader`` makes them, the working directory's files. Does not know: what is
-made of it (``expert_figures``).
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mlx_flash.calibration import probes
 from mlx_flash.common.files import replacing
@@ -28,24 +24,11 @@ from mlx_flash.runtime.pagers import ExpertPager
 Scores = Callable[[mx.array], mx.array]
 
 
-class _Tap(nn.Module):
-    """A switch module, and what goes in."""
-
-    def __init__(self, inner: nn.Module, seen: Callable[[mx.array, mx.array], None]) -> None:
-        super().__init__()
-        self.inner = inner
-        self._seen = seen
-
-    def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self._seen(x, indices)
-        return self.inner(x, indices, *args, **kwargs)
-
-
 class Recorder:
     """What the routers of a loaded mixture choose, and what they foretell of the next layer.
 
     Args:
-        model: from ``loader.load_model``; its switch modules are wrapped for good.
+        model: from ``load_model``; its switch modules are wrapped for good.
         top_k: experts per token.
     """
 
@@ -58,20 +41,18 @@ class Recorder:
         ahead = [pager.scores(i) if i else None for i in range(layers)]
         self._chosen: list[list[np.ndarray]] = [[] for _ in range(layers)]
         self._foretold: list[list[np.ndarray]] = [[] for _ in range(layers)]
-        modules = dict(model.named_modules())
-        taps = [
-            (path, _Tap(modules[path], self._watcher(i, ahead[i + 1] if i + 1 < layers else None)))
-            for i, (path, _) in enumerate(pager.found)
-        ]
-        model.update_modules(tree_unflatten(taps))
+        paths = [path for path, _ in pager.found]
+        watchers = [self._watcher(i, scores) for i, scores in enumerate([*ahead[1:], None])]
+        probes.tap(model, dict(zip(paths, watchers, strict=True)))
 
-    def _watcher(self, layer: int, ahead: Scores | None) -> Callable[[mx.array, mx.array], None]:
-        def seen(x: mx.array, indices: mx.array) -> None:
+    def _watcher(self, layer: int, ahead: Scores | None) -> Callable[..., mx.array]:
+        def seen(x: mx.array, indices: mx.array, *_: Any) -> mx.array:
             guess = None if ahead is None else best(ahead(x), self._top_k)
             mx.eval(indices, *([] if guess is None else [guess]))
             self._chosen[layer].append(_flat(indices))
             if guess is not None:
                 self._foretold[layer + 1].append(_flat(guess))
+            return x
 
         return seen
 

@@ -16,7 +16,6 @@ from support.tiny_mixtures import make_mixture
 from mlx_flash import cli
 from mlx_flash.calibration import report
 from mlx_flash.calibration.calibrate import calibrate
-from mlx_flash.calibration.experts import measure
 from mlx_flash.calibration.experts import trace as trace_module
 from mlx_flash.calibration.experts.figures import (
     Asked,
@@ -34,7 +33,7 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.paging.slots.slot_table import SlotTable
-from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_plan import PagingRequirements, sparse_plan_of
 from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
 from mlx_flash.runtime.options import PagingOptions
@@ -283,7 +282,7 @@ def real_misses(path, tokens, predictor):
 def test_the_split_saves_reads_and_none_means_equal_shares(calibrated, words, monkeypatch):
     fix_memory(monkeypatch, process=100_000_000)
     path, _ = calibrated
-    tokenizer = measure.load_tokenizer(ModelDirectory(path))
+    tokenizer = load_tokenizer(ModelDirectory(path))
     tokens = tokenizer.encode(words.read_text()[-2000:], add_special_tokens=False)[:150]
     equal, many = real_misses(path, tokens, "none")
     split, few = real_misses(path, tokens, "auto")
