@@ -188,7 +188,7 @@ def file_name(layer: int, part: str | None, what: str) -> str:
 def _raw(seen: Seen, what: str) -> np.ndarray:
     if what == "active":
         active = np.array(seen.h != 0).reshape(-1, seen.h.shape[-1])
-        return np.packbits(active, axis=-1)
+        return np.ascontiguousarray(np.packbits(active, axis=-1))
     array = getattr(seen, what)
     bits = mx.contiguous(array).view(BIT_VIEWS[array.dtype.size])
     return np.ascontiguousarray(np.array(bits))
