@@ -22,7 +22,7 @@ test-whole: $(VENV)/.installed-test
 # The distillation of the adapter, on a tiny llama; with torch, which nothing else needs.
 test-training:
 	$(MAKE) VENV=.venv-training .venv-training/.installed-training
-	.venv-training/bin/python -m pytest tests/test_training.py tests/test_adapter.py
+	.venv-training/bin/python -m pytest tests/training tests/mlx_flash/conversion/test_adapter.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

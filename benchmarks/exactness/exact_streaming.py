@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
 
@@ -28,10 +27,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from benchmarks.support import fio
 from benchmarks.support.cgroup import cgroup_root, cli
+from benchmarks.support.converted import converted, smollm2
 from benchmarks.support.machine import OUT, machine_name
+from benchmarks.support.no_reads import NoReads
 from benchmarks.support.random_llama import random_llama
 from demos.smollm2 import smollm2_gguf
-from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.options import PagingOptions
@@ -41,18 +41,9 @@ TOKENS = 128
 CONVERSION_BYTES = 19 * 10**9  # the larger checkpoint and what is made of it
 
 
-def smollm(dtype: str) -> ModelDirectory:
-    out = OUT / f"smollm2-{dtype}"
-    if not out.exists():
-        convert(str(smollm2_gguf()), out, dtype=dtype, dequantize=True)
-    return ModelDirectory(out)
-
-
-def llama(name: str, hidden: int, rows: int, layers: int) -> ModelDirectory:
-    source = random_llama(OUT / f"{name}-hf", hidden, rows, layers)
-    if not (OUT / name).exists():
-        convert(str(source), OUT / name)
-    return ModelDirectory(OUT / name)
+def llama() -> ModelDirectory:
+    """1.1 billion random weights."""
+    return converted("llama-1b", lambda path: random_llama(path, 2048, 5632, 22))
 
 
 def prompt_of(directory: ModelDirectory) -> list[int]:
@@ -104,7 +95,7 @@ def tokens() -> dict:
     """Greedy tokens of the paged SmolLM2 against mlx-lm's dense class with the same weights."""
     found = {}
     for dtype in ("float32", "bfloat16"):
-        directory = smollm(dtype)
+        directory = smollm2(dtype)
         prompt = prompt_of(directory)
         expected = greedy(load_model(directory, PagingOptions(use_flash=False)), prompt, TOKENS)
         for share in (0.0, 0.3, 1.0):
@@ -117,7 +108,7 @@ def tokens() -> dict:
 
 def logits() -> dict:
     """Logits of the GGUF load against the same weights, read by MLX, in a plain mlx-lm llama."""
-    directory = smollm("float32")
+    directory = smollm2("float32")
     prompt = mx.array([prompt_of(directory)])
     ours = load_model(directory, PagingOptions(kept_share=0.3))
     found = ours(prompt, cache=make_prompt_cache(ours))
@@ -129,7 +120,7 @@ def logits() -> dict:
 
 def footprint() -> dict:
     """Peak resident memory of ``generate --ram X``, in a cgroup of exactly X where there is one."""
-    directory = smollm("bfloat16")
+    directory = smollm2("bfloat16")
     args = ["generate", "--model", str(directory.path), "--prompt", PROMPT, "--max-tokens", "64"]
     _, _, dense = cli(*args, "--dense")
     _, output, _ = cli(*args, "--ram", "1MB")
@@ -145,7 +136,7 @@ def footprint() -> dict:
 
 def resident() -> dict:
     """Tokens/s with everything resident over mlx-lm's dense class, pairs in one run."""
-    directory = smollm("bfloat16")
+    directory = smollm2("bfloat16")
     prompt = prompt_of(directory)
     models = {"ours": load_model(directory, PagingOptions(kept_share=1.0))}
     models["dense"] = load_model(directory, PagingOptions(use_flash=False))
@@ -175,7 +166,7 @@ def cycle(stream, rounds: int) -> float:
 def reader() -> dict:
     """The streaming reader with decoding's own requests against fio, same size and threads."""
     found = {}
-    for directory in (llama("llama-1b", 2048, 5632, 22), smollm("bfloat16")):
+    for directory in (llama(), smollm2("bfloat16")):
         model = load_model(directory, PagingOptions(kept_share=0.0))
         flash = model.flash
         block = min(flash.reader.max_rows(directory.rows.layout), directory.rows.layers[0].rows) * (
@@ -201,18 +192,6 @@ def reader() -> dict:
     return found
 
 
-class NoReads:
-    """Stands where the reader was and finds every row there: what computing alone takes."""
-
-    def submit(self, layer: int, read) -> list[Future]:
-        return []
-
-    def wait(self, reads: list[Future]) -> None:
-        pass
-
-    drop = wait
-
-
 def seconds_per_token(model, tokens: int = 6) -> float:
     steps = generate_step(mx.array([5, 6, 7]), model, max_tokens=tokens)
     next(steps)
@@ -225,9 +204,9 @@ def overlap() -> dict:
     """Time per token over the longer of reading alone and computing alone."""
     found = {}
     for directory, share in (
-        (llama("llama-1b", 2048, 5632, 22), 0.0),
-        (llama("llama-1b", 2048, 5632, 22), 0.5),
-        (smollm("bfloat16"), 0.0),
+        (llama(), 0.0),
+        (llama(), 0.5),
+        (smollm2("bfloat16"), 0.0),
     ):
         model = load_model(directory, PagingOptions(kept_share=share))
         stream = model.flash.stream

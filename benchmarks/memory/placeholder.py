@@ -21,7 +21,7 @@ from mlx_lm import utils
 
 from mlx_flash.conversion.row_plan import RowPlan, plan_rows
 from mlx_flash.model_directory.config import FORMAT_VERSION, config_sha256, locate_ffn
-from mlx_flash.models.dtypes import CODES
+from mlx_flash.models.dtypes import DTYPE_NAMES
 from mlx_flash.models.quantized_rows import QuantScheme
 from mlx_flash.models.registry import make_model
 from mlx_flash.storage.row_file import PENDING, RowFile, file_bytes
@@ -119,7 +119,7 @@ def _write_resident(
         for length in shapes[name]:
             size *= length
         header[name] = {
-            "dtype": CODES[dtypes[name]],
+            "dtype": DTYPE_NAMES[dtypes[name]],
             "shape": list(shapes[name]),
             "data_offsets": [at, at + size],
         }

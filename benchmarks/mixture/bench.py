@@ -15,7 +15,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from benchmarks.support.converted import converted
 from benchmarks.support.fio import warm
+from benchmarks.support.no_reads import NoReads
 from benchmarks.support.synthetic_opt import words
 from mlx_flash.paging.expert_switch import FlashSwitch
 from mlx_flash.paging.policies import Policy
@@ -28,7 +30,7 @@ from mlx_flash.runtime.paged_model import FlashStats
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.scatter_list import PreparedRead
 
-from .model import EXPERTS, FULL_LAYERS, FULL_VOCAB, GROUP, TOP_K, checkpoint, made
+from .model import EXPERTS, FULL_LAYERS, FULL_VOCAB, GROUP, TOP_K, checkpoint
 
 START = 20_000  # words into the novel
 
@@ -55,22 +57,6 @@ class Seen:
         return self.seconds / self.tokens
 
 
-class NoReads:
-    """Stands where the reader was and finds every row there: what computing alone takes."""
-
-    def prepare(self, *args: object) -> None:
-        pass
-
-    def submit(self, *args: object) -> list:
-        return []
-
-    def wait(self, reads: list) -> None:
-        pass
-
-    drop = wait
-    read = prepare
-
-
 class Bench:
     """The loaded model and the words that it is given, the same ones for all who compare."""
 
@@ -78,7 +64,7 @@ class Bench:
         self.options = options
         layers, dtype = options.layers, options.scales
         vocab = options.vocab or round(FULL_VOCAB * layers / FULL_LAYERS / GROUP) * GROUP
-        self.directory = made(
+        self.directory = converted(
             f"mixture-{layers}-{vocab}-{dtype}", lambda path: checkpoint(path, layers, vocab, dtype)
         )
         self.stride = self.directory.rows.layout.stride

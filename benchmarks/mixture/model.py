@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from benchmarks.support.from_tests import write_tokenizer
-from benchmarks.support.machine import OUT
-from mlx_flash.conversion.convert import convert
-from mlx_flash.model_directory.directory import ModelDirectory
 
 FULL_LAYERS, FULL_VOCAB = 48, 151936  # of Qwen3-30B-A3B
 HIDDEN, FFN, EXPERTS, TOP_K = 2048, 768, 128, 8
@@ -109,10 +105,3 @@ def checkpoint(path: Path, layers: int, vocab: int, dtype: str, experts: int = E
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
     return path
-
-
-def made(name: str, source: Callable[[Path], Path], **how: object) -> ModelDirectory:
-    """A converted directory; made if it is not there."""
-    if not (OUT / name).exists():
-        convert(str(source(OUT / f"{name}-source")), OUT / name, **how)
-    return ModelDirectory(OUT / name)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from benchmarks.support.converted import converted
 from benchmarks.support.random_llama import random_llama
 
 from .bench import Bench
-from .model import BITS, FFN, GROUP, HIDDEN, TOP_K, checkpoint, made
+from .model import BITS, FFN, GROUP, HIDDEN, TOP_K, checkpoint
 
 TARGETS = {"experts": 1.02, "neurons": 1.15}
 
 
 def expert_bytes(bench: Bench) -> dict:
     """Bytes from one row to the next over 4.5 bits a weight; scales are bfloat16."""
-    tiny = made("mixture-bytes", lambda path: checkpoint(path, 1, 512, "bfloat16", experts=8))
-    llama = made("neuron-bytes", _relu_llama, quantize=True)
+    tiny = converted("mixture-bytes", lambda path: checkpoint(path, 1, 512, "bfloat16", experts=8))
+    llama = converted(
+        "neuron-bytes",
+        lambda path: random_llama(path, HIDDEN, 512, 1, vocab=512, hidden_act="relu"),
+        quantize=True,
+    )
     found = {}
     for label, directory, weights in (
         ("experts", tiny, 3 * HIDDEN * FFN),
@@ -36,13 +39,6 @@ def expert_bytes(bench: Bench) -> dict:
     bits = 8 * bench.stride / (3 * HIDDEN * FFN)
     found["experts of the runs"] = {"scales": bench.options.scales, "bits a weight": bits}
     return found
-
-
-def _relu_llama(path: Path) -> Path:
-    source = random_llama(path, HIDDEN, 512, 1, vocab=512)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
-    return source
 
 
 def kernels(bench: Bench) -> dict:

@@ -10,7 +10,8 @@
     answers     both models' answers, unpicked
 
 Held-out texts: every tenth window of Persuasion, and 48 windows of chats sampled from the dense
-model on topics that no training text has (training/held-out-chat.npy). Says nothing about speed.
+model on topics that no training text has (training/relufy/data/held-out-chat.npy). Says nothing
+about speed.
 
 On a Linux CPU with LD_PRELOAD=libopenblas.so.0 it takes a tenth of the time. Not for ``tokens``:
 OpenBLAS sums up some rows in another order than all, and thresholds make much of the last bit.
@@ -27,16 +28,16 @@ import numpy as np
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
-from benchmarks.support.machine import OUT
-from demos.smollm2 import smollm2_gguf
-from mlx_flash import convert, load
+from benchmarks.support.converted import smollm2
+from benchmarks.support.machine import OUT, ROOT
+from mlx_flash import load
 from mlx_flash.calibration import probes
 from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.models import families
 from mlx_flash.performance import teacher_forcing
 
 ADAPTER = "relu-smollm2"
-CHATS = Path(__file__).parents[2] / "training" / "held-out-chat.npy"
+CHATS = ROOT / "training" / "relufy" / "data" / "held-out-chat.npy"
 WINDOW, EVERY = 256, 10
 SHARE = 0.3
 TOKENS, RECALL = 8192, 0.98  # to fit predictors to; missing one in fifty is where it begins
@@ -54,11 +55,7 @@ QUESTIONS = (
 
 def directory(kind: str, dtype: str) -> Path:
     """A model directory of the base (``dense``) or with the adapter (``relu``)."""
-    path = OUT / f"smollm2-{kind}-{dtype}"
-    if not (path / "config.json").exists():
-        adapter = ADAPTER if kind == "relu" else None
-        convert(smollm2_gguf(), path, dtype=dtype, dequantize=True, adapter=adapter)
-    return path
+    return smollm2(dtype, ADAPTER if kind == "relu" else None).path
 
 
 def texts(tokenizer: object) -> dict[str, np.ndarray]:

@@ -23,13 +23,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.mixture import model as mixture
+from benchmarks.mixture.model import checkpoint
 from benchmarks.support import synthetic_opt
+from benchmarks.support.converted import converted, smollm2
 from benchmarks.support.machine import OUT
 from benchmarks.support.random_llama import random_llama
-from demos.smollm2 import smollm2_gguf
 from mlx_flash.common.sizes import with_margin
-from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.performance.budget_forecast import BudgetForecast
 from mlx_flash.runtime.options import PagingOptions
@@ -39,23 +38,16 @@ BUDGETS = 5
 THRESHOLD = 1.4  # of the gate's outputs, whose standard deviation is 1, 8 % are above
 
 
-def smollm2() -> Path:
-    path = OUT / "smollm2-bfloat16"
-    if not (path / "config.json").exists():
-        convert(str(smollm2_gguf()), path, dequantize=True, dtype="bfloat16")
-    return path
+FATRELU = {
+    "model_type": "sparsellama",
+    "architectures": ["SparseLlamaForCausalLM"],
+    "hidden_act": "fatrelu",
+    "hidden_act_param": THRESHOLD,
+}
 
 
 def relu() -> Path:
-    path = OUT / "fatrelu"
-    if not (path / "config.json").exists():
-        source = random_llama(OUT / "fatrelu-source", 1024, 4096, 8, 4096)
-        file = source / "config.json"
-        changed = {"model_type": "sparsellama", "architectures": ["SparseLlamaForCausalLM"]}
-        changed |= {"hidden_act": "fatrelu", "hidden_act_param": THRESHOLD}
-        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
-        convert(str(source), path)
-    return path
+    return converted("fatrelu", lambda p: random_llama(p, 1024, 4096, 8, 4096, **FATRELU)).path
 
 
 def opt() -> Path:
@@ -63,12 +55,11 @@ def opt() -> Path:
 
 
 def small_mixture() -> Path:
-    made = mixture.made("mixture-small", lambda p: mixture.checkpoint(p, 4, 4096, "float32", 32))
-    return made.path
+    return converted("mixture-small", lambda p: checkpoint(p, 4, 4096, "float32", 32)).path
 
 
 MODELS: dict[str, Callable[[], Path]] = {
-    "smollm2": smollm2, "relu": relu, "opt": opt, "mixture": small_mixture,
+    "smollm2": lambda: smollm2("bfloat16").path, "relu": relu, "opt": opt, "mixture": small_mixture,
 }  # fmt: skip
 
 

@@ -22,18 +22,16 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import date
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 
+from benchmarks.support.converted import converted, smollm2
 from benchmarks.support.machine import OUT, ROOT, machine_name
-from demos.smollm2 import smollm2_gguf
 from mlx_flash.calibration import probes
 from mlx_flash.calibration.text import DEFAULT as TEXT
-from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
@@ -176,20 +174,11 @@ def directories() -> Iterator[tuple[str, Callable[[], ModelDirectory], float]]:
     for fixture in FIXTURES:
         source = ROOT / "tests" / "fixtures" / fixture
         name = f"{fixture}-{zlib.crc32((source / 'model.safetensors').read_bytes()):08x}"
-        yield name, lambda s=source, n=name: made(s, n), 0
-    yield RELU, lambda: made(smollm2_gguf(), RELU, RELU), 0
+        yield name, lambda s=source, n=name: converted(f"{n}-float32", s, dtype="float32"), 0
+    yield RELU, lambda: smollm2("float32", RELU), 0
     for sparsity in SMOLLM_SPARSITY:
         name = f"smollm2-{sparsity:.0%}-dropped"
-        yield name, lambda: made(smollm2_gguf(), "smollm2-float32"), sparsity
-
-
-def made(source: Path, name: str, adapter: str | None = None) -> ModelDirectory:
-    out = OUT / f"{name}-float32"
-    return ModelDirectory(
-        out
-        if out.exists()
-        else convert(str(source), out, dtype="float32", dequantize=True, adapter=adapter)
-    )
+        yield name, lambda: smollm2("float32"), sparsity
 
 
 def traces(name: str, make: Callable[[], ModelDirectory], sparsity: float, tokens: int) -> dict:

@@ -29,6 +29,7 @@ from datetime import date
 import numpy as np
 
 from benchmarks.support import synthetic_opt
+from benchmarks.support.converted import converted
 from benchmarks.support.fio import warm
 from benchmarks.support.machine import OUT, ROOT, machine_name
 from demos.smollm2 import smollm2_gguf
@@ -38,7 +39,6 @@ from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.calibration.reorder import access_trace, ordering
 from mlx_flash.calibration.reorder.reorder import wanted_bytes
 from mlx_flash.calibration.text_run import TextRun
-from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
 from mlx_flash.paging.simulate import misses
@@ -60,17 +60,15 @@ COST_ROWS = 256  # requests of a read in ``cost``
 
 def directory_of(name: str) -> ModelDirectory:
     """The model, made if it is not there."""
-    out = OUT / f"order-{name}"
+    out = f"order-{name}"
     if name == "opt-small":
-        return synthetic_opt.make(out, synthetic_opt.SMALL)
-    if name == "smollm2-threshold":
-        if not out.exists():
-            convert(str(smollm2_gguf()), out, dtype="float32", dequantize=True)
-        if not (out / predictor_file.NAME).exists():
-            calibrate(out, kind="threshold", tokens=1024)
-    elif not out.exists():
-        convert(str(ROOT / "tests" / "fixtures" / name), out, dtype="float32")
-    return ModelDirectory(out)
+        return synthetic_opt.make(OUT / out, synthetic_opt.SMALL)
+    if name != "smollm2-threshold":
+        return converted(out, ROOT / "tests" / "fixtures" / name, dtype="float32")
+    directory = converted(out, smollm2_gguf(), dtype="float32", dequantize=True)
+    if not (directory.path / predictor_file.NAME).exists():
+        calibrate(directory.path, kind="threshold", tokens=1024)
+    return directory
 
 
 def traces(name: str, tokens: int) -> tuple[ModelDirectory, list[tuple[np.ndarray, np.ndarray]]]:

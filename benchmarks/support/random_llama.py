@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +12,15 @@ import numpy as np
 from .from_tests import write_tokenizer
 
 
-def random_llama(path: Path, hidden: int, rows: int, layers: int, vocab: int = 32000) -> Path:
-    """A llama checkpoint of random bfloat16 weights, written tensor by tensor in shards."""
+def random_llama(
+    path: Path, hidden: int, rows: int, layers: int, vocab: int = 32000, **changed: Any
+) -> Path:
+    """Write random bfloat16 weights, a shard a layer, unless they are there; returns ``path``.
+
+    Args:
+        hidden, rows: width of the model and of its FFN.
+        changed: other keys of config.json.
+    """
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
@@ -67,5 +75,5 @@ def random_llama(path: Path, hidden: int, rows: int, layers: int, vocab: int = 3
     index = {"metadata": {}, "weight_map": where}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     write_tokenizer(path, 300)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config | changed))
     return path

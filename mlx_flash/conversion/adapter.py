@@ -13,7 +13,7 @@ Metadata: format, version, ``config`` (what changes in config.json), ``base`` (w
 say), ``card`` (a few words for people).
 
 Knows: that file, whether it fits a base, the arithmetic, in float32. Does not know: checkpoints,
-rows, how adapters are trained (``training/relufy.py``).
+rows, how adapters are trained (``training/relufy``).
 """
 
 from __future__ import annotations

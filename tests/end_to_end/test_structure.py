@@ -16,8 +16,6 @@ MOST_PAIRS = 60
 STILL_LONG = {
     "mlx_flash/storage/reader.py",
     "coreml_export/export.py",
-    "training/relufy/relufy.py",
-    "benchmarks/mixture/mixture.py",
     "tests/support/tiny.py",
     "tests/support/tiny_mixtures.py",
     "tests/mlx_flash/calibration/test_calibrate.py",

@@ -1,9 +1,9 @@
-"""Golden files for test_models.py: tiny random checkpoints and what transformers makes of them.
+"""Golden files for test_decoders.py: tiny random checkpoints and what transformers makes of them.
 
 Needs its own environment; the tests need only what this writes.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
-    python tests/make_golden.py
+    python tests/support/make_golden.py
 
 One safetensors file per case in tests/golden: the weights under Hugging Face's names, float32;
 "tokens.i" and "logits.i" for each sequence; config.json as text in the metadata. Everything is

@@ -13,8 +13,9 @@ from mlx_flash.conversion.convert import convert
 
 torch = pytest.importorskip("torch", reason="needs the extra training: make test-training")
 
-from training.relufy import adapter_file, regression, relufy, teacher, text  # noqa: E402
+from training.relufy import adapter_file, distillation, regression, teacher, text  # noqa: E402
 from training.relufy import student as students  # noqa: E402
+from training.relufy.settings import Settings  # noqa: E402
 
 TOKENS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 48)))
 
@@ -93,7 +94,7 @@ def test_regression_begins_closer_to_the_dense_model(dense):
             logits = [m(input_ids=TOKENS).logits.flatten(0, 1) for m in (dense, model)]
         wanted, mine = (s.take()[-1] for s in streams)
         errors.append((mine - wanted).pow(2).sum() / wanted.pow(2).sum())
-        assert relufy.divergence(*logits) > 0
+        assert distillation.divergence(*logits) > 0
     assert errors[1] < 0.7 * errors[0]
 
 
@@ -113,7 +114,7 @@ def work(tmp_path, monkeypatch):
 
 def run(work, checkpoint, name="main", **other):
     asked = {"tokens": 64 * 12, "regression_windows": 4, "ffn_rank": 8, "attention_rank": 4} | other
-    return relufy.Run(work, checkpoint, relufy.Settings(**asked), name)
+    return distillation.Run(work, checkpoint, Settings(**asked), name)
 
 
 def test_a_training_goes_on_where_it_stopped(work, checkpoint):

@@ -20,7 +20,8 @@ import torch
 from safetensors.numpy import save_file
 
 from mlx_flash.conversion.adapter import FORMAT, VERSION, sample
-from training.relufy import student as students
+
+from . import student as students
 
 BASE_KEYS = (
     "model_type",

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from training.relufy.student import SparseMLP, ffns
+from .student import SparseMLP, ffns
 
 RIDGE = 0.01  # of the mean of H H^T's diagonal
 BYPASS_RIDGE = 0.001

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import StaticCache
 
+from mlx_flash.calibration.text import DEFAULT as PERSUASION
+
 ROOT = Path(__file__).parents[2]
 NOVELS = ROOT / "tests" / "fixtures" / "novels.txt.xz"
-PERSUASION = ROOT / "mlx_flash" / "data" / "persuasion.txt"
 WINDOW = 256
 TEMPERATURE, TOP_P = 1.0, 0.95
 HELD_OUT_SEED = 1_000_000

