@@ -22,8 +22,8 @@ nunspark float16 as well, as the checkpoint has it; llama.cpp and accelerate kee
 
 Every program is told to leave a margin below its limit: ours 40 MB (its budget counts all that it
 takes, libraries too), nunspark 250 MB under its share of the file (and, to see what happens,
-nothing); accelerate is told to offload everything, which is its fastest. Memory told is the peak of
-the group's anonymous memory, sampled; page cache is not in it.
+nothing); accelerate is told to offload everything, which is its fastest. The memory shown is the
+peak of the group's anonymous memory, sampled, without the page cache.
 
     python -m benchmarks.comparison.against_others                    # 12 GB of disk, half an hour
     python -m benchmarks.comparison.against_others --small            # 0.1 GB, to try it
@@ -282,6 +282,7 @@ HEAD = """\
 
 
 def line(name: str, found: dict[str, Any], alone: dict[str, Any]) -> str:
+    """A run as a row of the table; ``alone`` is the same program's without a limit."""
     limit = found.get("limit")
     start = f"| {'no limit' if limit is None else f'{limit / 1e9:.2f} GB'} | {name} |"
     fio = f"{found['fio'] / 1e9:.1f} GB/s" if "fio" in found else ""
@@ -320,6 +321,7 @@ def ratios(runs: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
+    """All runs as Markdown."""
     runs = results["runs"]
     lines = [f"{results['machine']}, {results['date']}. {results['command']}", "", HEAD]
     for share in sorted({share for found in runs.values() for share in found}, key=int)[::-1]:
@@ -336,7 +338,9 @@ def main() -> None:
     parser.add_argument("--only", help="names of programs, with commas between them")
     parser.add_argument("--limits", default="100,75,50,35", help="%% of the file; 100: no limit")
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=1, help="in turns; the median run is told")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="runs of each program, in turns; the median is shown"
+    )
     parser.add_argument("--seconds", type=float, default=45, help="stop a slow program after this")
     parser.add_argument("--results", type=Path, help="JSON file that is added to; a .md beside it")
     options = parser.parse_args()

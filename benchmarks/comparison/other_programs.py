@@ -28,6 +28,7 @@ Tokens = Iterator[int]
 
 
 def bytes_read() -> int:
+    """Bytes that this process had read from the disk so far."""
     found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 

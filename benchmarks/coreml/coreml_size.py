@@ -81,6 +81,7 @@ def checkpoint(layers: int) -> Path:
 
 
 def measure(model: Path, quant: str, rounding: str) -> str:
+    """Export in a process of its own; seconds, peak memory and bits a parameter as a line."""
     out = OUT / f"{model.name}-{quant}"
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "coreml_export", str(model), "-o", str(out)]

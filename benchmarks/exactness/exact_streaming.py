@@ -47,11 +47,13 @@ def llama() -> ModelDirectory:
 
 
 def prompt_of(directory: ModelDirectory) -> list[int]:
+    """The prompt's tokens in the model's chat template."""
     messages = [{"role": "user", "content": PROMPT}]
     return load_tokenizer(directory).apply_chat_template(messages, add_generation_prompt=True)
 
 
 def greedy(model, prompt: list[int], tokens: int) -> list[int]:
+    """The first ``tokens`` tokens of greedy decoding."""
     steps = generate_step(mx.array(prompt), model, max_tokens=tokens)
     return [token for token, _ in steps]
 
@@ -193,6 +195,7 @@ def reader() -> dict:
 
 
 def seconds_per_token(model, tokens: int = 6) -> float:
+    """Of greedy decoding, the prompt and the first token not counted."""
     steps = generate_step(mx.array([5, 6, 7]), model, max_tokens=tokens)
     next(steps)
     began = time.perf_counter()

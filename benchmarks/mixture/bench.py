@@ -181,6 +181,7 @@ class Bench:
 
 
 def switches(model: nn.Module) -> list[FlashSwitch]:
+    """The paged experts of each layer."""
     return [layer.mlp.switch_mlp for layer in model.layers]
 
 

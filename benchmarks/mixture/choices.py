@@ -28,6 +28,7 @@ SHARES = (0.25, 0.5)  # of the experts that have slots, for the policies
 
 
 def trace_path(bench: Bench) -> Path:
+    """The file that the experts chosen for the prompt are kept in."""
     count = bench.options.prompt_tokens
     return OUT / f"{bench.directory.path.name}-trace-{count}.npz"
 

@@ -66,6 +66,7 @@ def texts(tokenizer: object) -> dict[str, np.ndarray]:
 
 
 def quality() -> None:
+    """Perplexity of both models and zeros in the FFN, for each held-out text."""
     found: dict[str, dict[str, float]] = {}
     zeros: dict[str, list[np.ndarray]] = {}
     for kind in ("dense", "relu"):
@@ -105,6 +106,7 @@ def quality() -> None:
 
 
 def predictors() -> None:
+    """Calibrate; what low-rank predictors cost in perplexity."""
     found = calibrate(
         directory("relu", "float32"), kind="low-rank", target_recall=RECALL, tokens=TOKENS
     )
@@ -118,6 +120,7 @@ def predictors() -> None:
 
 
 def read_per_token() -> None:
+    """Bytes that a token reads with room for 30 % of the rows, once the cache is full."""
     path = directory("relu", "float32")
     for predictor in ("gate", "low-rank"):
         if predictor == "low-rank" and not (path / "predictors.safetensors").exists():
@@ -142,6 +145,7 @@ def read_per_token() -> None:
 
 
 def greedy(path: Path, **how: object) -> list[int]:
+    """Greedy tokens of an answer, not stopped by its end."""
     model, tokenizer = load(path, **how)
     chat = [{"role": "user", "content": QUESTIONS[0]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
@@ -154,6 +158,7 @@ def greedy(path: Path, **how: object) -> list[int]:
 
 
 def tokens() -> None:
+    """How many greedy tokens with the exact gate are the dense model's."""
     for dtype in ("float32", "bfloat16"):
         path = directory("relu", dtype)
         dense = greedy(path, use_flash=False)
@@ -167,6 +172,7 @@ def tokens() -> None:
 
 
 def answers() -> None:
+    """What both models answer, with the same seeds."""
     for number, question in enumerate(QUESTIONS):
         print(f"\n**{question}** (seed {number})\n")
         for kind in ("dense", "relu"):

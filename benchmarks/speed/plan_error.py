@@ -47,14 +47,17 @@ FATRELU = {
 
 
 def relu() -> Path:
+    """A llama with FATReLU: the exact gate says which rows fire."""
     return converted("fatrelu", lambda p: random_llama(p, 1024, 4096, 8, 4096, **FATRELU)).path
 
 
 def opt() -> Path:
+    """An OPT with low-rank predictors."""
     return synthetic_opt.make(OUT / "opt-small", synthetic_opt.SMALL).path
 
 
 def small_mixture() -> Path:
+    """A mixture of 4 layers of 32 experts."""
     return converted("mixture-small", lambda p: checkpoint(p, 4, 4096, "float32", 32)).path
 
 

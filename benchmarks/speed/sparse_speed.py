@@ -90,6 +90,7 @@ class Run:
 
 
 def llama(name: str, shape: Shape) -> tuple[ModelDirectory, list[int]]:
+    """The synthetic llama, and the tokens of its text."""
     out = make(OUT / name, shape)
     directory = ModelDirectory(out / "relu-rows")
     config = directory.config
@@ -126,6 +127,7 @@ class Recorder:
 
 
 def overlap(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    """A token over the longer of reading alone and computing alone."""
     directory, tokens = llama(*_llama(options))
     paged = Run(directory, tokens, predictor="low-rank", cache_share=options.cache_share)
     held = Run(directory, tokens, predictor="low-rank", cache_share=0.9995)
@@ -152,6 +154,7 @@ def overlap(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
 
 def lookahead(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    """With what the next layer's predictor names read ahead, and without."""
     directory, tokens = llama(*_llama(options))
     runs = {
         name: Run(
@@ -179,6 +182,7 @@ def lookahead(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
 
 def growth(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    """Four times as many neurons, as many of them firing, as many in slots."""
     slots = NARROW.rows // 5
     runs = {}
     for name, shape in (("narrow", NARROW), ("wide", WIDE)):
@@ -199,6 +203,7 @@ def growth(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
 
 def drift(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    """The footprint over 2,000 tokens at a steady budget."""
     directory, tokens = llama("llama-small", SMALL)
     vocab = directory.config["vocab_size"]
     random = np.random.default_rng(0).integers(600, vocab, DRIFT_TOKENS).tolist()
@@ -230,6 +235,7 @@ def drift(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
 
 def profile(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    """Where a decode step of OPT-6.7B's shape spends its time."""
     directory = synthetic_opt.make(OUT / "opt-4-layers", OPT)
     words = [int(word) for word in synthetic_opt.words(OPT.vocab)[20_000:21_000]]
     run = Run(directory, words, predictor="low-rank", cache_share=0.25)
@@ -295,6 +301,7 @@ class Clock:
 
 
 def resident(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    """Every row in memory, against the dense model."""
     out = make(OUT / "llama-small", SMALL)
     for variant in ("relu", "silu"):
         directory = ModelDirectory(out / f"{variant}-rows")

@@ -2,13 +2,13 @@
 
 The model (``synthetic_opt``, 13 GB) is loaded and decodes the words of a novel token by token;
 which rows its predictors name is recorded. The reads of each step are then done again for those
-very tokens, without computing, against the same files: direct, taking turns with the other steps
-and with fio, medians told.
+very tokens, without computing, from the same files, direct. Steps and fio take turns; figures are
+medians.
 
     naive       every weight, one sequential read of both files by 8 threads, 2 MiB a request
     hybrid      half of that
     predictor   all weights but the FFN resident; the predicted rows of each token, all of them
-    window      those that were predicted for none of the last 4 tokens
+    window      those of them that no prediction for the last 4 tokens named
     bundling    the same rows, up and down of a neuron by one read of 16 KiB
     lfu         not the paper's: the package's default policy instead of the window
 
@@ -58,7 +58,7 @@ from mlx_flash.storage.row_layout import RowLayout
 
 START = 20_000  # words into the novel: past what the model was made with
 WARM = 8  # tokens before any figure counts
-SLOW = 6  # steps that read everything predicted take one token in so many
+SLOW = 6  # steps that read every predicted row replay one token in six, to save time
 TRACE = "staircase-trace.npz"
 Trace = list[list[np.ndarray]]  # of each layer, for each token the predicted rows
 
@@ -146,7 +146,7 @@ def unbundled(file: RowFile) -> RowFile:
 
 
 class Replay:
-    """Reads the rows of recorded tokens, or of one in ``every`` so many, token by token."""
+    """Reads the rows of recorded tokens, token by token; of every sixth token for ``every=6``."""
 
     def __init__(self, file: RowFile, trace: Trace, bundled: bool, every: int = 1) -> None:
         self.reader = RowReader(file if bundled else unbundled(file))
@@ -233,10 +233,12 @@ def shares(trace: Trace, rows: int) -> dict:
 
 
 def save(path: Path, trace: Trace) -> None:
+    """Keep a trace for ``--reads-only``."""
     np.savez(path, *[np.concatenate(t) for t in trace], sizes=[[r.size for r in t] for t in trace])
 
 
 def saved(path: Path) -> Trace:
+    """The trace that ``save`` kept."""
     with np.load(path) as file:
         sizes = file["sizes"]
         return [np.split(file[f"arr_{i}"], np.cumsum(s)[:-1]) for i, s in enumerate(sizes)]

@@ -171,6 +171,7 @@ def generated(directory: ModelDirectory, sequences: list[np.ndarray]) -> list[np
 
 
 def directories() -> Iterator[tuple[str, Callable[[], ModelDirectory], float]]:
+    """For each model its name, what makes it, and the share of activations that are dropped."""
     for fixture in FIXTURES:
         source = ROOT / "tests" / "fixtures" / fixture
         name = f"{fixture}-{zlib.crc32((source / 'model.safetensors').read_bytes()):08x}"

@@ -3,8 +3,8 @@
 A row file of OPT-6.7B's rows (16 KiB: up and down of a neuron in float16), several layers of it;
 ``RowReader.read`` fetches a random set of rows of one layer after the other, planning, handing out
 and waiting included. fio reads the same file at random, 16 KiB a request, direct, as many threads.
-The two take turns and the median of the pairs' ratios is told, since the disk drifts. The
-processor's time per request is told besides: where the machine is busy it is what slows reading.
+The two take turns, since the disk drifts; the ratio is the median of the pairs'. The processor's
+time per request is printed, too: on a busy machine it is what slows reading.
 
     python -m benchmarks.storage.random_reads                      # 2.1 GB under benchmarks/out
     python -m benchmarks.storage.random_reads --layers 2 --pairs 3 --rows 400 --engine threads

@@ -71,6 +71,7 @@ SMALL = Shape(512, 1408, 8, 8, 2, 32000, 64)
 
 
 def norm(x: np.ndarray) -> np.ndarray:
+    """RMSNorm without weights."""
     return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5)
 
 
@@ -84,6 +85,8 @@ def rope(x: np.ndarray) -> np.ndarray:
 
 
 def attend(x: np.ndarray, weights: dict[str, np.ndarray], shape: Shape) -> np.ndarray:
+    """Causal attention over the text, [tokens, hidden]."""
+
     def split(name: str) -> np.ndarray:
         y = (x @ weights[name].T).reshape(len(x), -1, shape.hidden // shape.heads).swapaxes(0, 1)
         return np.repeat(y, shape.heads // y.shape[0], axis=0)
@@ -97,6 +100,7 @@ def attend(x: np.ndarray, weights: dict[str, np.ndarray], shape: Shape) -> np.nd
 
 
 def activate(name: str, x: np.ndarray) -> np.ndarray:
+    """ReLU or SiLU."""
     return np.maximum(x, 0) if name == "relu" else x / (1 + np.exp(-x))
 
 

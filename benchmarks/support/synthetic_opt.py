@@ -67,6 +67,7 @@ def words(vocab: int) -> np.ndarray:
 
 
 def norm(x: np.ndarray) -> np.ndarray:
+    """Layer norm without weights."""
     centred = x - x.mean(axis=-1, keepdims=True)
     return centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-5)
 

@@ -71,6 +71,7 @@ class Push:
 
 
 def schedule(settings: Settings, step: int) -> float:
+    """Learning rate of a step as a share of the highest: rises, then falls on a cosine."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)

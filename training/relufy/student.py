@@ -116,6 +116,7 @@ def make(
 
 
 def ffns(model: LlamaForCausalLM) -> list[SparseMLP]:
+    """The FFN of each layer."""
     return [layer.mlp for layer in model.model.layers]
 
 

@@ -80,6 +80,7 @@ fireflies; libraries; stress; olive oil; parrots; magnets"""
 
 
 def topics(held_out: bool) -> list[str]:
+    """What sampled windows are about; held-out ones have topics of their own."""
     text = HELD_OUT_TOPICS if held_out else TOPICS
     return [topic.strip().replace("\n", " ") for topic in text.split(";")]
 
