@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from . import adapter_file, teacher, text
 from . import student as students
 from .curves import curves, history
 from .distillation import Run
-from .settings import Settings
+from .settings import Settings, saved
 
 HELD_OUT_WINDOWS = 48
 
@@ -80,7 +79,7 @@ def main() -> None:
         run.train(args.every, args.minutes and 60 * args.minutes, args.stop)
         return
     path = args.work / args.name
-    settings = Settings(**json.loads((path / "settings.json").read_text()))
+    settings = saved(path)
     run = Run(args.work, gguf, settings, args.name)
     run.begin()
     card = (

@@ -8,19 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from . import text
+from .settings import saved
 
 
 def history(path: Path) -> tuple[list[dict], list[dict], dict]:
     """Steps, evaluations, and the dense model's, of a training and those it begins from."""
-    settings = json.loads((path / "settings.json").read_text())
+    settings = saved(path)
     lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     before: tuple[list[dict], list[dict]] = ([], [])
-    if settings.get("begin_from"):
-        steps, evals, _ = history(path.with_name(settings["begin_from"]))
+    if settings.begin_from:
+        steps, evals, _ = history(path.with_name(settings.begin_from))
         before = (steps, evals[:-1])  # the next training measures the same state again
     done = before[0][-1]["tokens"] if before[0] else 0
     for line in lines:
-        line["tokens"] = done + line.get("step", 0) * settings["batch"] * text.WINDOW
+        line["tokens"] = done + line.get("step", 0) * settings.batch * text.WINDOW
     kinds = {kind: [x for x in lines if x["event"] == kind] for kind in ("step", "eval", "dense")}
     return before[0] + kinds["step"], before[1] + kinds["eval"], kinds["dense"][0]
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from . import regression, teacher, text
 from . import student as students
-from .settings import Settings
+from .settings import Settings, save
 
 QUICK = 16  # windows of each held-out text that are measured while training
 
@@ -146,7 +146,7 @@ class Run:
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.push.weight, self.push.mean = saved["push"]
             return
-        (self.path / "settings.json").write_text(json.dumps(asdict(s), indent=2) + "\n")
+        save(self.path, s)
         self.log({"event": "dense"} | self.measure(self.dense))
         if s.begin_from:
             other = self.path.with_name(s.begin_from) / "state.pt"

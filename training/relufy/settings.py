@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from . import text
+
+FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,15 @@ class Settings:
     @property
     def steps(self) -> int:
         return self.tokens // (self.batch * text.WINDOW)
+
+
+def save(path: Path, settings: Settings) -> None:
+    """Write settings.json into the directory of a training."""
+    (path / FILE).write_text(json.dumps(asdict(settings), indent=2) + "\n")
+
+
+def saved(path: Path) -> Settings:
+    """The settings in the directory of a training; ends the program where there are none."""
+    if not (path / FILE).exists():
+        raise SystemExit(f"{path} holds no training; expected {FILE}: train it first")
+    return Settings(**json.loads((path / FILE).read_text()))
