@@ -5,8 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from support.tiny import make_checkpoint
 
+from mlx_flash.calibration import probes
 from mlx_flash.conversion.convert import convert
 from mlx_flash.conversion.turbosparse import fold, shipped
 from mlx_flash.errors import ModelError
@@ -76,12 +78,59 @@ def test_what_cannot_be_folded():
         fold(tensors | {name: mx.zeros((WIDTH,))}, 1, mx.float32)
 
 
-def test_conversion_takes_them_along(tmp_path):
-    source = make_checkpoint(tmp_path / "hf", "bamboo", "float32")
+def make_shipping_checkpoint(path):
+    """(a checkpoint that ships predictors, their tensors by the checkpoint's names)"""
+    source = make_checkpoint(path, "bamboo", "float32")
     weights = mx.load(str(source / "model.safetensors"))
-    names = ("fc1", "fc2")
-    extra = {k: v for k, v in tensors_of(range(4)).items() if any(n in k for n in names)}
+    extra = {k: v for k, v in tensors_of(range(4)).items() if "fc1" in k or "fc2" in k}
     mx.save_safetensors(str(source / "model.safetensors"), {**weights, **extra})
+    return source, extra
+
+
+def test_the_running_model_reads_what_the_checkpoint_predicts(tmp_path):
+    """The checkpoint's formula, put to the residual stream of the paged model itself."""
+    source, tensors = make_shipping_checkpoint(tmp_path / "hf")
+    path = convert(source, tmp_path / "flash")
+    model = load_model(ModelDirectory(path), PagingOptions(cache_share=0.3))
+    residuals, named = [], []
+    mlps = dict(model.named_modules())
+
+    def sees_residual(x):
+        residuals.append(np.array(x, np.float64).reshape(-1, WIDTH))
+        return x
+
+    def sees_input(mlp):
+        def watcher(x):
+            named.append(mlp.wanted(x))
+            return x
+
+        return watcher
+
+    paths = [path for path, _ in model.flash.ffns]
+    norms = [path.replace(".mlp", ".post_attention_layernorm") for path in paths]
+    probes.tap(model, dict.fromkeys(norms, sees_residual))
+    probes.tap(model, {path: sees_input(mlps[path]) for path in paths})
+    before = model.flash.stats().predicted
+    cache = make_prompt_cache(model)
+    for token in (5, 17, 42, 200, 7, 99):
+        model(mx.array([[token]]), cache=cache)
+    read = 0
+    for call, (residual, rows) in enumerate(zip(residuals, named, strict=True)):
+        prefix = f"model.layers.{call % 4}.mlp.predictor."
+        fc1, fc2 = (np.array(tensors[f"{prefix}{n}.weight"], np.float64) for n in ("fc1", "fc2"))
+        logits = fc2 @ np.maximum(fc1 @ residual[0], 0)
+        clear = np.abs(logits) > 1e-4 * np.abs(logits).max()
+        assert clear.sum() >= logits.size - 1
+        found = np.isin(np.arange(logits.size), rows[0])
+        assert (found == (logits > 0))[clear].all()
+        assert 20 < rows[0].size < 140
+        read += rows[0].size
+    assert len(residuals) == 6 * 4
+    assert model.flash.stats().predicted - before == read
+
+
+def test_conversion_takes_them_along(tmp_path):
+    source, _ = make_shipping_checkpoint(tmp_path / "hf")
     path = convert(source, tmp_path / "flash")
     directory = ModelDirectory(path)
     assert list(directory.verify()) == []
