@@ -85,18 +85,18 @@ class Bench:
 
     @cached_property
     def model(self) -> nn.Module:
-        """Loaded with the budget, slots filled by some tokens; reads ahead as the package does."""
+        """Loaded with the budget, slots filled by some tokens; prefetches as the package does."""
         ram = int(self.options.share * self.nbytes)
         model = load_model(self.directory, PagingOptions(ram=ram, lookahead=True))
         flash = model.flash
         if len(flash.caches) < self.options.layers:
             raise RuntimeError("the budget holds every expert of some layers; take a smaller one")
-        least = min(cache.table.capacity for cache in flash.caches.values())
+        least = min(cache.slots.table.capacity for cache in flash.caches.values())
         if least < 2 * TOP_K:
             raise RuntimeError(f"only {least} slots a layer: few layers need a larger --share")
-        self.guesses = {i: switch._ahead for i, switch in enumerate(switches(model))}
-        self.guess(model, load.LOOKAHEAD)
-        slots = [cache.table.capacity for cache in flash.caches.values()]
+        self.prefetchers = [switch.prefetcher for switch in switches(model)]
+        self.prefetch(model, load.LOOKAHEAD["expert"])
+        slots = [cache.slots.table.capacity for cache in flash.caches.values()]
         print(
             f"  budget {ram / 1e9:.2f} GB of {self.nbytes / 1e9:.2f}: {min(slots)} to {max(slots)} "
             f"slots of {EXPERTS} experts a layer, {self.stride / 1e6:.2f} MB each"
@@ -107,10 +107,10 @@ class Bench:
         print(f"  {self.options.warm} tokens to fill slots, {time.perf_counter() - began:.0f} s")
         return model
 
-    def guess(self, model: nn.Module, ahead: bool) -> None:
-        """Read ahead or not, from now on."""
-        for i, switch in enumerate(switches(model)):
-            switch.ahead(self.guesses[i] if ahead else None)
+    def prefetch(self, model: nn.Module, on: bool) -> None:
+        """Prefetch or not, from now on."""
+        for switch, prefetcher in zip(switches(model), self.prefetchers, strict=True):
+            switch.prefetcher = prefetcher if on else None
 
     @property
     def caches(self) -> dict[int, RowCache]:
@@ -132,36 +132,37 @@ class Bench:
     def state(self) -> State:
         self.settle()
         return State(
-            {i: copy.deepcopy(cache.table) for i, cache in self.caches.items()},
-            {i: copy.deepcopy(cache.policy) for i, cache in self.caches.items()},
+            {i: copy.deepcopy(cache.slots.table) for i, cache in self.caches.items()},
+            {i: copy.deepcopy(cache.slots.policy) for i, cache in self.caches.items()},
         )
 
     def settle(self) -> None:
-        """Wait for what was foretold."""
+        """Wait for what was prefetched."""
         for cache in self.caches.values():
-            self.model.flash.reader.wait([f for reads in cache._pending.values() for f in reads])
-            cache._pending.clear()
-            cache._foretold.clear()
+            early = cache.reads.early
+            self.model.flash.reader.wait([f for reads in early.values() for f in reads])
+            early.clear()
+            cache._prefetched = None
 
     def restore(self, state: State, read: bool = True) -> None:
         """Put that state back; ``read`` what the slots do not hold any more."""
         self.settle()
         for i, cache in self.caches.items():
             table = copy.deepcopy(state.tables[i])
-            slots = np.flatnonzero((table.row_in >= 0) & (table.row_in != cache.table.row_in))
+            slots = np.flatnonzero((table.row_in >= 0) & (table.row_in != cache.slots.table.row_in))
             slots = slots[np.argsort(table.row_in[slots])]
             if read and slots.size:
-                reader, views = self.model.flash.reader, cache.memory.views
-                mx.eval(cache._built_on)
+                reader, views = self.model.flash.reader, cache.slots.memory.views
+                mx.eval(cache.slots._retained)
                 reader.read(i, table.row_in[slots], slots, views)
-            cache.table, cache.policy = table, copy.deepcopy(state.policies[i])
+            cache.slots.table, cache.slots.policy = table, copy.deepcopy(state.policies[i])
 
     def replay(self, reads: list[tuple[int, np.ndarray, np.ndarray]], reader: RowReader) -> float:
         """Seconds for a run's reads alone, into the slots that they were for."""
         caches = self.caches
         began = time.perf_counter()
         for layer, rows, slots in reads:
-            reader.read(layer, rows, slots, caches[layer].memory.views)
+            reader.read(layer, rows, slots, caches[layer].slots.memory.views)
         return time.perf_counter() - began
 
     def compute(self, tokens: np.ndarray, before: State) -> Seen:
@@ -170,13 +171,13 @@ class Bench:
         self.restore(before, read=False)
         real = self.model.flash.reader
         for cache in self.caches.values():
-            cache._reader = NoReads()
+            cache.reads.reader = NoReads()
         try:
             return self.decode(tokens)
         finally:
             for cache in self.caches.values():
-                cache._reader = real
-                cache._pending.clear()
+                cache.reads.reader = real
+                cache.reads.early.clear()
             self.restore(after, read=False)
 
 
@@ -207,11 +208,11 @@ class Recording:
 @contextmanager
 def recording(caches: dict[int, RowCache], reads: list) -> Iterator[None]:
     """Keep what the caches read."""
-    real = {i: cache._reader for i, cache in caches.items()}
+    real = {i: cache.reads.reader for i, cache in caches.items()}
     for i, cache in caches.items():
-        cache._reader = Recording(real[i], reads)
+        cache.reads.reader = Recording(real[i], reads)
     try:
         yield
     finally:
         for i, cache in caches.items():
-            cache._reader = real[i]
+            cache.reads.reader = real[i]

@@ -78,7 +78,7 @@ def requests(bench: Bench) -> dict:
     """The same reads cut into requests of other sizes, into huge pages and ordinary ones."""
     seen = bench.decode(bench.take(bench.options.tokens))
     file, caches = bench.directory.rows, bench.caches
-    most = max(cache.table.capacity for cache in caches.values())
+    most = max(cache.slots.table.capacity for cache in caches.values())
     memories = {"huge": SlotMemory(file.layout, most)}
     ask, huge_pages.ask_for = huge_pages.ask_for, lambda memory: False
     try:

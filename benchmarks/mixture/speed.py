@@ -62,7 +62,7 @@ def streaming(bench: Bench) -> dict:
     computing takes no time.
     """
     model = bench.model
-    stream = LayerStream(model.flash.reader, range(bench.options.layers), exact=True)
+    stream = LayerStream(model.flash.reader, range(bench.options.layers), unpadded=True)
     ours, own_reads, theirs, alone = [], [], [], []
     nothing = mx.zeros((1,))
     for _ in range(max(2, bench.repeats // 2)):
@@ -108,11 +108,11 @@ def lookahead(bench: Bench) -> dict:
             before, chunk = bench.state(), bench.take(bench.options.tokens)
             for ahead in (True, False) if repeat % 2 else (False, True):
                 bench.restore(before)
-                bench.guess(bench.model, ahead)
+                bench.prefetch(bench.model, ahead)
                 runs[ahead].append(bench.decode(chunk))
                 bench.settle()
     finally:
-        bench.guess(bench.model, load.LOOKAHEAD)
+        bench.prefetch(bench.model, load.LOOKAHEAD["expert"])
     found: dict = {}
     for ahead, seen in runs.items():
         total = {

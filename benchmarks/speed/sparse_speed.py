@@ -173,10 +173,11 @@ def lookahead(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
         yield f"{name}: bookkeeping and copies, ms", 1e3 * spent.manage_seconds / options.tokens
         yield f"{name}: MB read a token", spent.bytes_read / options.tokens / 1e6
         if name == "with":
-            yield "foretold reads that were needed", spent.useful / max(1, spent.foretold)
-            guesses = run.model.flash.rows.guesses.values()
-            right = sum(g.right for g in guesses) / max(1, sum(g.named for g in guesses))
-            yield "foretold rows that were needed", right
+            yield "prefetched reads that were needed", spent.useful / max(1, spent.foretold)
+            prefetchers = [layer.mlp.gather.prefetcher for layer in run.model.layers]
+            gates = [one.gate for one in prefetchers if one]
+            right = sum(g.right for g in gates) / max(1, sum(g.predicted for g in gates))
+            yield "prefetched rows that were needed", right
         run.close()
     yield "ratio", found["with"] / found["without"]
 

@@ -97,8 +97,8 @@ def decode(directory: ModelDirectory, options: argparse.Namespace) -> tuple[Trac
     )
     watched = []
     for layer in model.layers:
-        layer.mlp._predictor = Watched(layer.mlp._predictor)
-        watched.append(layer.mlp._predictor)
+        layer.mlp.predictor = Watched(layer.mlp.predictor)
+        watched.append(layer.mlp.predictor)
     cache = make_prompt_cache(model)
     tokens = words(directory.config["vocab_size"])[START : START + WARM + options.tokens]
     for count, token in enumerate(tokens):

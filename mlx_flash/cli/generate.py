@@ -73,7 +73,7 @@ def run_generate(args: argparse.Namespace) -> int:
     directory = ModelDirectory(args.model)
     from mlx_flash.runtime.load import load_model, load_tokenizer
     from mlx_flash.runtime.options import PagingOptions, policy_spec
-    from mlx_flash.runtime.pagers import slow_back_end
+    from mlx_flash.runtime.pagers.back_end import slow_back_end
 
     tokenizer = load_tokenizer(directory)
     prompt = _prompt_tokens(args, tokenizer)

@@ -4,9 +4,6 @@ The router is mlx-lm's and stays as it is; the experts that it chose are fetched
 become numbers of slots, and the switch module computes from the slots' arrays with its own kernels:
 a token's numbers are the dense model's. Where more experts are wanted than there are slots, as in
 a prompt, tokens are grouped by expert, and the experts pass through two buffers, each read once.
-
-Knows: one layer's switch module and its slots. Does not know: routers but for guessing, budgets,
-which families there are.
 """
 
 from __future__ import annotations
@@ -17,13 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .prefetch import Lookahead
+from .counters import Counters
+from .prefetch import Prefetcher
 from .row_stream import RowStream
 from .row_weights import bind_arrays
 from .slots.row_cache import RowCache
-from .sparse_ffn import SparseStats
 
-FEW = 4  # tokens at a time for which guessing what the next layer needs makes sense
+# With at most this many tokens at a time the next layer's experts are prefetched, and experts in
+# slots are computed before the others have come. More tokens ask for most experts anyway.
+FEW_TOKENS = 4
 
 
 class FlashSwitch(nn.Module):
@@ -33,58 +32,50 @@ class FlashSwitch(nn.Module):
         switch: the module; its arrays are replaced.
         cache: the layer's slots.
         stream: for experts that find no slot, shared by all layers.
-        stats: counters, shared by all layers.
-        ahead: tells what the next layer may need; None for no reading ahead.
+        counters: shared by all layers.
+
+    Attributes:
+        prefetcher: brings the next layer's experts; None for bringing none.
     """
 
     def __init__(
-        self,
-        switch: nn.Module,
-        cache: RowCache,
-        stream: RowStream,
-        stats: SparseStats,
-        ahead: Lookahead | None = None,
+        self, switch: nn.Module, cache: RowCache, stream: RowStream, counters: Counters
     ) -> None:
         super().__init__()
         self.switch = switch
         self.layer = cache.layer
-        self._cache, self._stream, self._stats = cache, stream, stats
-        self.ahead(ahead)
-        bind_arrays(switch, cache.memory.arrays)
-
-    def ahead(self, ahead: Lookahead | None) -> None:
-        """Read ahead by this from now on."""
-        self._ahead = ahead
+        self._cache, self._stream, self._counters = cache, stream, counters
+        self.prefetcher: Prefetcher | None = None
+        bind_arrays(switch, cache.slots.memory.arrays)
 
     def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        few = x.size // x.shape[-1] <= FEW
-        guess = self._ahead.guess(x) if self._ahead and few else None
-        mx.eval(indices, *([] if guess is None else [guess]))
+        few = x.size // x.shape[-1] <= FEW_TOKENS
+        predicted = self.prefetcher.predict(x) if self.prefetcher and few else None
+        mx.eval(indices, *([] if predicted is None else [predicted]))
         chosen = np.array(indices, copy=False)
         wanted = np.unique(chosen)
-        self._stats.predicted += wanted.size
-        self._stats.layer_calls += 1
-        if wanted.size > self._cache.table.capacity:
+        self._counters.predicted += wanted.size
+        self._counters.layer_calls += 1
+        if wanted.size > self._cache.slots.capacity:
             y = self._in_rounds(x, chosen, wanted, args, kwargs)
         else:
-            y = self._from_slots(x, chosen, wanted, args, kwargs)
-            self._cache.retain_until_evaluated(y)
+            y = self._from_slots(x, chosen, wanted, few, args, kwargs)
+            self._cache.slots.retain_until_evaluated(y)
             mx.async_eval(y)
-        if guess is not None and self._ahead:
-            self._ahead.cache.foretell(np.unique(np.array(guess, copy=False)))
+        if self.prefetcher:
+            self.prefetcher.bring(predicted)
         return y
 
     def _from_slots(
-        self, x: mx.array, chosen: np.ndarray, wanted: np.ndarray, args: Any, kwargs: Any
+        self, x: mx.array, chosen: np.ndarray, wanted: np.ndarray, few: bool, args: Any, kwargs: Any
     ) -> mx.array:
         """Of few tokens, what slots hold is computed while the rest is read."""
         cache = self._cache
         with cache.invalidate_on_error():
-            coming = cache.begin(wanted)
-            bind_arrays(self.switch, cache.memory.arrays)
-            slots = cache.table.slot_of[chosen].astype(np.uint32)
-            late = np.isin(chosen, coming)
-            few = chosen.size <= FEW * chosen.shape[-1]
+            loading = cache.begin(wanted)
+            bind_arrays(self.switch, cache.slots.memory.arrays)
+            slots = cache.slots.slots_of(chosen).astype(np.uint32)
+            late = np.isin(chosen, loading)
             if not few or late.all() or not late.any():
                 cache.finish()
                 return self.switch(x, mx.array(slots), *args, **kwargs)
@@ -98,7 +89,12 @@ class FlashSwitch(nn.Module):
     def _of_pairs(
         self, x: mx.array, slots: np.ndarray, mask: np.ndarray, args: Any, kwargs: Any
     ) -> mx.array:
-        """What some of the tokens' experts make of them, [n, width]."""
+        """Outputs of some pairs of a token and an expert, [n, width].
+
+        Args:
+            slots: of the experts of each token, [..., experts per token].
+            mask: which pairs, of the same shape.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         token = np.flatnonzero(mask) // slots.shape[-1]
         index = mx.array(slots[mask][:, None])
@@ -122,6 +118,6 @@ class FlashSwitch(nn.Module):
 
 
 def _in_order(outputs: list[mx.array], order: np.ndarray, shape: tuple[int, ...]) -> mx.array:
-    """Outputs [n, width], together one for each number of ``shape``, which ``order`` tells."""
+    """Outputs [n, width] in pieces, put at the places that ``order`` names: [*shape, width]."""
     y = mx.concatenate(outputs)[mx.array(np.argsort(order, kind="stable"))]
     return y.reshape(*shape, y.shape[-1])

@@ -19,7 +19,7 @@ from .slots.slot_memory import SlotMemory
 
 
 def bind_arrays(module: nn.Module, arrays: Mapping[str, mx.array]) -> None:
-    """Put arrays into a module by their dotted names, whatever is there."""
+    """Assign arrays to a module's parameters by dotted path, without checks."""
     for name, array in arrays.items():
         *path, last = name.split(".")
         target = module
@@ -108,7 +108,7 @@ def placeholders(file: RowFile, layer: int, ffn: Ffn) -> dict[str, mx.array]:
 def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
     """All rows of a layer, read now, each part with its own shape."""
     extent = reader.file.layers[layer]
-    memory = SlotMemory(extent.layout, extent.rows, exact=True)
+    memory = SlotMemory(extent.layout, extent.rows, unpadded=True)
     rows = np.arange(extent.rows)
     reader.read(layer, rows, rows, memory.views)
     return memory

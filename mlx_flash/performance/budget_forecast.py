@@ -20,7 +20,7 @@ from mlx_flash.runtime.load import choose_sparse, load_tokenizer
 from mlx_flash.runtime.memory_plan import Plan, make_plan
 from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
 from mlx_flash.runtime.options import PagingOptions
-from mlx_flash.runtime.pagers import check_back_end
+from mlx_flash.runtime.pagers.back_end import check_back_end
 from mlx_flash.storage.reader import RowReader
 
 from . import disk_speed

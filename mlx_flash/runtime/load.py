@@ -31,7 +31,6 @@ from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
 
-from . import pagers
 from .memory_plan import (
     MemoryRequirements,
     Plan,
@@ -44,6 +43,7 @@ from .memory_plan import (
 from .memory_requirements import MLX_CACHE, foreign_errors, memory_requirements, paging_requirements
 from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
+from .pagers import back_end
 
 # Whether to read ahead by default: see benchmarks/speed/sparse_speed.py, benchmarks/mixture.
 LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
@@ -126,7 +126,7 @@ def load_tokenizer(directory: ModelDirectory) -> Any:
 def load_model(directory: ModelDirectory, options: PagingOptions | None = None) -> nn.Module:
     """Like ``load``, without the tokenizer; None for the options' defaults."""
     options = options or PagingOptions()
-    pagers.check_back_end(directory)
+    back_end.check_back_end(directory)
     if directory.mixture and options.kept_share is not None:
         raise BudgetError("kept_share is for models without experts; give cache_share")
     predicts = options.use_flash and options.kept_share is None

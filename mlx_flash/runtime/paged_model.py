@@ -15,19 +15,19 @@ from mlx_flash.common.sizes import show
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
+from mlx_flash.paging.counters import Counters
 from mlx_flash.paging.layer_stream import LayerStream
 from mlx_flash.paging.policies import Policy
 from mlx_flash.paging.row_stream import RowStream
 from mlx_flash.paging.slots.row_cache import RowCache
-from mlx_flash.paging.sparse_ffn import SparseStats
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import ReadStats, RowReader
 
-from . import pagers
 from .memory_plan import (
     Plan,
 )
 from .memory_requirements import tokens_in
+from .pagers.choose import make_pager
 
 
 @dataclasses.dataclass
@@ -71,9 +71,9 @@ class PagedModel:
         self.reader = reader
         self.selection = selection if plan.slots else None
         self.lookahead = lookahead
-        self._sparse = SparseStats()
-        self.pager = pagers.make_pager(
-            directory, plan, reader, self._sparse, self.selection, policies, lookahead
+        self._counters = Counters()
+        self.pager = make_pager(
+            directory, plan, reader, self._counters, self.selection, policies, lookahead
         )
         self.max_tokens: int | None = None
         self._forwards = 0
@@ -103,24 +103,16 @@ class PagedModel:
     def stats(self) -> FlashStats:
         """The counters as they stand."""
         kept = sum(self.directory.rows.layers[i].rows for i in self.plan.kept)
-        caches = self.caches.values()
-        stats = FlashStats(
+        counted = dataclasses.asdict(self._counters)
+        counted["hits"] += kept * self._forwards
+        foretold, useful = counted.pop("prefetched"), counted.pop("prefetch_hits")
+        return FlashStats(
             **dataclasses.asdict(self.reader.stats()),
-            wait_seconds=sum(cache.wait_seconds for cache in caches),
-            hits=kept * self._forwards + sum(cache.hits for cache in caches),
-            misses=sum(cache.misses for cache in caches),
+            **counted,
             forwards=self._forwards,
-            foretold=sum(cache.foretold for cache in caches),
-            useful=sum(cache.useful for cache in caches),
-            **dataclasses.asdict(self._sparse),
+            foretold=foretold,
+            useful=useful,
         )
-        if self.stream:
-            stats.wait_seconds += self.stream.wait_seconds
-            stats.misses += self.stream.rows_acquired
-        if self.rows:
-            stats.wait_seconds += self.rows.wait_seconds
-            stats.misses += self.rows.rows_read
-        return stats
 
     def close(self) -> None:
         """Stop reading and let go of the row file; the model cannot be used after that."""

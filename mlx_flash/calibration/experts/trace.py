@@ -18,8 +18,8 @@ import numpy as np
 from mlx_flash.calibration import probes
 from mlx_flash.common.files import replacing
 from mlx_flash.errors import CalibrationError
-from mlx_flash.paging.prefetch import best
-from mlx_flash.runtime.pagers import ExpertPager
+from mlx_flash.paging.prefetch import best_experts
+from mlx_flash.runtime.pagers.experts import ExpertPager
 
 Scores = Callable[[mx.array], mx.array]
 
@@ -47,7 +47,7 @@ class Recorder:
 
     def _watcher(self, layer: int, ahead: Scores | None) -> Callable[..., mx.array]:
         def seen(x: mx.array, indices: mx.array, *_: Any) -> mx.array:
-            guess = None if ahead is None else best(ahead(x), self._top_k)
+            guess = None if ahead is None else best_experts(ahead(x), self._top_k)
             mx.eval(indices, *([] if guess is None else [guess]))
             self._chosen[layer].append(_flat(indices))
             if guess is not None:

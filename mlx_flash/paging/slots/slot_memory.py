@@ -79,7 +79,7 @@ class SlotMemory:
     [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
     to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
     another one, at least as large, out for fewer rows. Parts that are not among ``parts`` have no
-    memory, and None for a view. With ``exact``, arrays are [capacity, *shape of the part], which
+    memory, and None for a view. With ``unpadded``, arrays are [capacity, *shape of the part], which
     stride over the padding. ``nbytes`` counts memory of its own.
     """
 
@@ -89,7 +89,7 @@ class SlotMemory:
         capacity: int,
         share: SlotMemory | None = None,
         parts: Sequence[str] | None = None,
-        exact: bool = False,
+        unpadded: bool = False,
     ) -> None:
         self.capacity = capacity
         spans = _spans(layout, capacity, parts)
@@ -112,7 +112,7 @@ class SlotMemory:
             dtype = DTYPES[part.dtype]
             self._spans[part.name] = (start, stop, dtype)
             array = self._typed(start, stop, dtype, capacity)
-            if exact:
+            if unpadded:
                 array = _shaped(array, part.shape, capacity, extent // dtype.size)
             self.arrays[part.name] = array
             self.views.append(view[start:stop].reshape(capacity, extent))

@@ -25,6 +25,11 @@ class Update:
     move_to: np.ndarray
     hits: int
 
+    @property
+    def changes(self) -> bool:
+        """Whether any slot is written to."""
+        return bool(self.load_rows.size or self.move_to.size)
+
 
 @dataclass
 class SlotTable:

@@ -39,7 +39,7 @@ from mlx_flash.models.quantized_rows import QuantScheme
 from mlx_flash.models.registry import get_classes, make_model
 from mlx_flash.runtime.load import load, load_model
 from mlx_flash.runtime.options import PagingOptions
-from mlx_flash.runtime.pagers import slow_back_end
+from mlx_flash.runtime.pagers.back_end import slow_back_end
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 RELU_LLAMA = {"hidden_act": "relu", "mlp_bias": True}

@@ -14,7 +14,6 @@ product in the place of ``mx.gather_mm``, for both models.
 Then prompts that want more experts than there are slots, failing reads, and reading ahead.
 """
 
-import contextlib
 import errno
 import functools
 import json
@@ -47,7 +46,9 @@ from mlx_flash.errors import (
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.mixtures import ALIASES, MIXTURES, find_mixture, modules
 from mlx_flash.models.registry import get_classes, make_model
+from mlx_flash.paging.slots.pending_reads import PendingReads
 from mlx_flash.paging.slots.row_cache import RowCache
+from mlx_flash.paging.slots.slot_store import SlotStore
 from mlx_flash.performance.inspection import describe
 from mlx_flash.runtime.load import load, load_model
 from mlx_flash.runtime.memory_plan import sparse_plan_of
@@ -123,13 +124,13 @@ def assert_slots_hold_their_rows(model):
     path = model.flash.directory.rows.path
     count = 0
     for layer, cache in model.flash.caches.items():
-        for reads in cache._pending.values():
+        for reads in cache.reads.early.values():
             model.flash.reader.wait(reads)
         extent = model.flash.directory.rows.layers[layer]
         rows = np.fromfile(path, np.uint8, extent.nbytes, offset=extent.offset)
         rows = rows.reshape(extent.rows, extent.layout.stride)
-        for slot, row in enumerate(cache.rows()):
-            for part, view in zip(extent.layout.parts, cache.memory.views, strict=True):
+        for slot, row in enumerate(cache.slots.rows()):
+            for part, view in zip(extent.layout.parts, cache.slots.memory.views, strict=True):
                 expected = rows[row, part.offset : part.offset + part.nbytes]
                 assert np.array_equal(view[slot, : part.nbytes], expected), (layer, row, part.name)
             count += 1
@@ -147,7 +148,9 @@ def test_same_as_dense(tmp_path, reads, monkeypatch, request, family, kind):
         pytest.skip("make test-whole runs every family in every type")
     if kind == "bfloat16":
         monkeypatch.setattr(mx, "gather_mm", gather_mm)
-        monkeypatch.setattr("mlx_flash.runtime.pagers.check_back_end", lambda directory: None)
+        monkeypatch.setattr(
+            "mlx_flash.runtime.pagers.back_end.check_back_end", lambda directory: None
+        )
     source = checkpoint(tmp_path, family, kind, **few_layers(family))
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     assert directory.unit == "expert"
@@ -307,7 +310,7 @@ def test_a_failing_read(made, reads, monkeypatch, prompt):
     model.flash.close()
 
 
-def test_a_failing_read_that_was_foretold(made, reads, monkeypatch):
+def test_a_failing_read_that_was_prefetched(made, reads, monkeypatch):
     """It is told when its row is needed; of a row that is not, nobody needs to know."""
     directory, dense = made
     model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
@@ -328,12 +331,20 @@ def test_a_failing_read_that_was_foretold(made, reads, monkeypatch):
     model.flash.close()
 
 
-# Reading ahead
+# Prefetching
 
 
-def test_lookahead(made, reads):
-    """The same tokens; what was read on a guess and needed counts as useful, and as a hit."""
+def test_lookahead(made, reads, monkeypatch):
+    """The same tokens; what was prefetched and needed counts as useful, and as a hit."""
     directory, dense = made
+    layers, gates, prefetch = set(), {}, RowCache.prefetch
+
+    def recorded(cache, rows, gate):
+        layers.add(cache.layer)
+        gates[cache.layer] = gate
+        prefetch(cache, rows, gate)
+
+    monkeypatch.setattr(RowCache, "prefetch", recorded)
     model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
     assert greedy(model) == greedy(dense)
     stats = model.flash.stats()
@@ -342,7 +353,10 @@ def test_lookahead(made, reads):
     stride = directory.rows.layout.stride
     assert stats.misses * stride < stats.bytes_read <= (stats.misses + stats.foretold) * stride
     assert assert_slots_hold_their_rows(model) == 4 * len(directory.rows.layers)
-    assert model.flash.caches[0].foretold == 0, "nothing is ahead of the first layer"
+    assert layers == set(range(1, len(directory.rows.layers))), "nothing is before the first layer"
+    right = sum(gate.right for gate in gates.values())
+    assert stats.useful <= right <= sum(gate.predicted for gate in gates.values())
+    assert all(gate.is_open and gate.steps for gate in gates.values())
 
     without = load_model(directory, PagingOptions(cache_share=0.5, lookahead=False))
     greedy(without)
@@ -390,8 +404,8 @@ class Held:
 
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("share", [0.25, 0.375, 0.5])
-def test_foretold_reads_that_are_late(made, reads, monkeypatch, share, begun):
-    """A foretold read is not done when its row is needed, or when its row has left its slot.
+def test_prefetched_reads_that_are_late(made, reads, monkeypatch, share, begun):
+    """A prefetch is not done when its row is needed, or when its row has left its slot.
 
     Reads behind are held until somebody waits for them: those that have not begun are asked for
     anew, those under way are waited for before their slot is used for anything else.
@@ -431,7 +445,7 @@ def test_foretold_reads_that_are_late(made, reads, monkeypatch, share, begun):
     assert held.asked == stats.foretold
     if begun:
         assert late["needed"]
-    assert late["left"], "no foretold row has left before it was read"
+    assert late["left"], "no prefetched row has left before it was read"
     held.word.set()
     assert assert_slots_hold_their_rows(model)
     model.flash.close()
@@ -629,16 +643,19 @@ def test_inspect_says_what_generate_takes(tmp_path):
     )
 
 
-@pytest.mark.parametrize("at", range(12))
-def test_interrupted_anywhere(made, reads, monkeypatch, at):
+STEPS = {
+    RowCache: ("_enter", "_place", "prefetch"),
+    SlotStore: ("enter", "move"),
+    PendingReads: ("claim", "settle", "_submit", "_wait"),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+@pytest.mark.parametrize("owner, step", [(o, step) for o in STEPS for step in STEPS[o]])
+def test_interrupted_anywhere(made, reads, monkeypatch, owner, step, before):
     """Whatever step of fetching an interrupt strikes, what comes after it is right."""
     directory, dense = made
-    model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
-    expected = greedy(dense, 12)
-    assert greedy(model, 12) == expected
-    steps = ("_make_room", "_change", "_ask_for_begun", "_arrive", "_read", "foretell")
-    name, before = steps[at % 6], at < 6
-    real, left = getattr(RowCache, name), [3]
+    real, left = getattr(owner, step), [0]
 
     def struck(self, *args, **kwargs):
         left[0] -= 1
@@ -649,11 +666,13 @@ def test_interrupted_anywhere(made, reads, monkeypatch, at):
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(RowCache, name, struck)
-    with contextlib.suppress(KeyboardInterrupt):
+    monkeypatch.setattr(owner, step, struck)
+    model = load_model(directory, PagingOptions(cache_share=0.5, lookahead=True))
+    expected = greedy(dense, 12)
+    assert greedy(model, 12) == expected
+    left[0] = 3
+    with pytest.raises(KeyboardInterrupt):
         greedy(model, 12, prompt=[9, 8, 7, 77, 6])
-    assert left[0] <= 0, f"{name} was not called"
-    monkeypatch.setattr(RowCache, name, real)
     assert greedy(model, 12) == expected
     assert_slots_hold_their_rows(model)
     model.flash.close()

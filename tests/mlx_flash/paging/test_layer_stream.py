@@ -113,7 +113,7 @@ def test_a_cycle_over_many_rounds(opened, layout, monkeypatch, count, buffers):
             assert_layer(memory, layout, layers[layer])
             stream.done(promises.build(layer, memory))
     promises.check()
-    assert stream.rows_acquired == 6 * sum(ROWS[:count])
+    assert stream.counters.misses == 6 * sum(ROWS[:count])
     ahead = min(buffers, count)
     assert asked == (chosen * 8)[: 6 * count + ahead], "one layer after the other, none twice"
     stream.close()
@@ -210,7 +210,7 @@ def test_restart_out_of_turn(opened, layout, buffers):
     stream.acquire(3, ZERO)  # broken off before anything was computed
     forward(stream, promises, [0, 1, 2, 3, 4, 0])
     promises.check()
-    assert stream.rows_acquired == sum(
+    assert stream.counters.misses == sum(
         ROWS[i] for i in [0, 1, 2, 0, 1, 4, 0, 1, 1, 1, 1, 2, 3, 0, 1, 2, 3, 4, 0]
     )
     stream.close()
@@ -242,7 +242,7 @@ def test_a_failing_disk_surfaces_where_the_layer_is_asked_for(
         if not broken_at_once:
             forward(stream, promises, [0, 1, 2, 3, 4])
             stream.close()
-        acquired = stream.rows_acquired
+        acquired = stream.counters.misses
         with monkeypatch.context() as patch:
             fail_in(patch, reader, bad)
             for _ in range(2):
@@ -251,7 +251,7 @@ def test_a_failing_disk_surfaces_where_the_layer_is_asked_for(
                     stream.acquire(bad, ZERO)
                 with pytest.raises(ValueError, match="no layer is held"):
                     stream.done(ZERO)
-        assert stream.rows_acquired == acquired + 2 * sum(ROWS[:bad])
+        assert stream.counters.misses == acquired + 2 * sum(ROWS[:bad])
         forward(stream, promises, list(range(bad, 5)))
         forward(stream, promises, [0, 1, 2, 3, 4, 0, 1])
     promises.check()
@@ -372,12 +372,12 @@ def test_wait_seconds_and_rows(opened, layout, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     stream = LayerStream(reader, [1, 2])
-    assert (stream.wait_seconds, stream.rows_acquired) == (0.0, 0)
+    assert (stream.counters.wait_seconds, stream.counters.misses) == (0.0, 0)
     promises = Promises(layout, layers)
     for i in range(1, 4):
         forward(stream, promises, [1, 2])
-        assert stream.wait_seconds == 2.0 * i
-        assert stream.rows_acquired == (ROWS[1] + ROWS[2]) * i
+        assert stream.counters.wait_seconds == 2.0 * i
+        assert stream.counters.misses == (ROWS[1] + ROWS[2]) * i
     stream.close()
 
 

@@ -1,4 +1,4 @@
-"""Rows brought before their turn: the right bytes whatever was foretold, and what it saves."""
+"""Rows brought before their turn: the right bytes whatever was prefetched, and what it saves."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mlx_flash.errors import PredictorError, ReadError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import prefetch, row_stream
 from mlx_flash.paging.policies import make_policy
+from mlx_flash.paging.prefetch import AccuracyGate, Prefetcher
 from mlx_flash.paging.row_stream import RowStream
 from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.predictors import predictor_file
@@ -48,13 +49,17 @@ def assert_rows(order: np.ndarray, arrays: dict[str, mx.array], block: np.ndarra
         np.testing.assert_array_equal(np.array(arrays[part.name].view(mx.uint8)), expected)
 
 
+def gate() -> AccuracyGate:
+    return AccuracyGate(0.7)
+
+
 def some(random: np.random.Generator, most: int) -> np.ndarray:
     count = int(random.integers(0, most + 1))
     return np.sort(random.choice(ROWS, count, replace=False)).astype(np.int64)
 
 
-def test_whatever_was_foretold_the_rows_are_right(opened):
-    """Guesses that are right, partly right, too long, of another layer, or of none."""
+def test_whatever_was_prefetched_the_rows_are_right(opened):
+    """Rows that are right, partly right, too many, of another layer, or none."""
     reader, layers = opened
     stream = RowStream(reader, ROWS)
     most = stream.capacity(0)
@@ -67,15 +72,15 @@ def test_whatever_was_foretold_the_rows_are_right(opened):
             guess = wanted[random.random(wanted.size) < random.random()]
             guess = np.union1d(guess, some(random, 6)) if random.random() < 0.7 else guess
             other = random.random() < 0.1
-            stream.foretell(layer if not other else 1 - layer, guess, both[layer])
+            stream.prefetch(both[layer if not other else 1 - layer], guess, gate())
         with stream.gather(layer, wanted, both[layer]) as (order, arrays):
             assert np.isin(wanted, order).all() and np.unique(order).size == order.size
             assert order.size <= most
             assert_rows(order, arrays, layers[layer])
-        cache = both[layer]
-        held = cache.rows()
-        assert_rows(held, {n: cache.part(n) for n in cache.memory.arrays}, layers[layer])
-    assert both[0].foretold > both[0].useful > 0
+        slots = both[layer].slots
+        held = {name: slots.part(name) for name in slots.memory.arrays}
+        assert_rows(slots.rows(), held, layers[layer])
+    assert stream.counters.prefetched > stream.counters.prefetch_hits > 0
 
 
 def test_the_order_does_not_depend_on_what_is_in_slots(opened):
@@ -86,7 +91,7 @@ def test_the_order_does_not_depend_on_what_is_in_slots(opened):
         cache = caches(reader)[0]
         with stream.gather(0, cached, cache):
             pass
-        stream.foretell(0, guess, cache)
+        stream.prefetch(cache, guess, gate())
         with stream.gather(0, wanted, cache) as (order, _):
             assert order.tolist() == [3, 5, 60, 2, 7]
 
@@ -95,7 +100,7 @@ def test_other_uses_of_the_buffers_forget_it(opened):
     reader, layers = opened
     stream = RowStream(reader, ROWS)
     cache = caches(reader)[0]
-    stream.foretell(0, np.arange(10), cache)
+    stream.prefetch(cache, np.arange(10), gate())
     for rows, arrays in stream.stream_chunks(1, np.arange(50), None):
         assert_rows(rows, arrays, layers[1])
         stream.retain_until_evaluated(mx.zeros(1))
@@ -104,7 +109,7 @@ def test_other_uses_of_the_buffers_forget_it(opened):
         assert_rows(order, arrays, layers[0])
 
 
-@pytest.mark.parametrize("when", ["foretold", "asked"])
+@pytest.mark.parametrize("when", ["prefetched", "asked"])
 def test_a_failed_read(opened, monkeypatch, when):
     """It is told when the rows are asked for, and no slot is trusted after that."""
     reader, layers = opened
@@ -119,13 +124,13 @@ def test_a_failed_read(opened, monkeypatch, when):
     with monkeypatch.context() as patch:
         patch.setattr(reader, "_run", fail)
         patch.setattr(reader, "_run_at_once", fail)
-        if when == "foretold":
-            stream.foretell(0, np.array([30, 31]), cache)
-        wanted = np.array([2, 30]) if when == "foretold" else np.array([2, 40])
+        if when == "prefetched":
+            stream.prefetch(cache, np.array([30, 31]), gate())
+        wanted = np.array([2, 30]) if when == "prefetched" else np.array([2, 40])
         with pytest.raises(ReadError), stream.gather(0, wanted, cache):
             pass
-    assert cache.table.num_used == 0
-    stream.foretell(0, np.array([30, 31]), cache)
+    assert cache.slots.table.num_used == 0
+    stream.prefetch(cache, np.array([30, 31]), gate())
     with stream.gather(0, np.array([2, 30]), cache) as (order, arrays):
         assert_rows(order, arrays, layers[0])
 
@@ -134,10 +139,10 @@ def test_a_caller_that_fails_leaves_no_untrue_slot(opened):
     reader, layers = opened
     stream = RowStream(reader, ROWS)
     cache = caches(reader)[0]
-    stream.foretell(0, np.arange(6), cache)
+    stream.prefetch(cache, np.arange(6), gate())
     with pytest.raises(KeyboardInterrupt), stream.gather(0, np.arange(4), cache):
         raise KeyboardInterrupt
-    assert cache.table.num_used == 0
+    assert cache.slots.table.num_used == 0
     with stream.gather(0, np.arange(4), cache) as (order, arrays):
         assert_rows(order, arrays, layers[0])
 
@@ -145,8 +150,8 @@ def test_a_caller_that_fails_leaves_no_untrue_slot(opened):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_tokens_are_the_same(tmp_path, monkeypatch, name, dtype):
-    """Predictors that are right give the dense tokens, with what is read ahead and without."""
-    monkeypatch.setattr(prefetch, "LEAST_RIGHT", 0)  # whatever comes of the guesses
+    """Predictors that are right give the dense tokens, with prefetching and without."""
+    monkeypatch.setitem(prefetch.LEAST_RIGHT, "neuron", 0)  # however many rows are wrong
     directory = ModelDirectory(convert(FIXTURES / name, tmp_path / "m", dtype=dtype))
     predictor_file.write(directory.path / predictor_file.NAME, whole_rank(directory))
     dense, tokenizer = load(directory.path, use_flash=False)
@@ -166,29 +171,45 @@ def test_tokens_are_the_same(tmp_path, monkeypatch, name, dtype):
     assert found[None].layer_calls == found[False].layer_calls
 
 
-def test_bad_guesses_end(tmp_path):
-    """Four layers differ too much for this: after some tokens nothing is foretold any more."""
+def test_prefetching_ends_where_it_is_wrong(tmp_path):
+    """Four layers differ too much for it: after some tokens nothing is prefetched any more."""
     directory = ModelDirectory(convert(FIXTURES / TRAINED[1], tmp_path / "m", dtype="float32"))
     predictor_file.write(directory.path / predictor_file.NAME, whole_rank(directory))
     model, tokenizer = load(directory.path, cache_share=0.15)
     greedy(model, tokenizer.encode(TEXT), prefetch.TRIAL + 2)
-    stream = model.flash.rows
-    assert not any(stream.foretells(layer) for layer in (1, 2, 3))
+    prefetchers = [layer.mlp.gather.prefetcher for layer in model.layers]
+    assert not any(one.gate.is_open for one in prefetchers[:3])
+    assert prefetchers[3] is None, "there is no layer to bring rows for"
     before = model.flash.stats().foretold
     greedy(model, tokenizer.encode(TEXT), 20)
     assert model.flash.stats().foretold == before > 0
 
 
-def test_guesses_that_pay():
-    guesses = prefetch.Guesses()
-    for _ in range(prefetch.TRIAL - 1):
-        guesses.count(10, 0)
-    assert guesses.pay, "too few tokens to know"
-    guesses.count(10, 10)
-    assert not guesses.pay
+def test_a_gate_shuts_where_too_many_rows_are_wrong():
+    neurons, experts = (AccuracyGate(prefetch.LEAST_RIGHT[unit]) for unit in ("neuron", "expert"))
+    for one in (neurons, experts):
+        for _ in range(prefetch.TRIAL - 1):
+            one.count(10, 0)
+        assert one.is_open, "too few steps to know"
+        one.count(10, 10)
+    assert not neurons.is_open and experts.is_open
     for _ in range(100):
-        guesses.count(10, 9)
-    assert guesses.pay
+        neurons.count(10, 9)
+    assert neurons.is_open
+
+
+def test_a_prefetcher_predicts_while_its_gate_is_open():
+    brought, one = [], AccuracyGate(0.5)
+    prefetcher = Prefetcher(lambda x: x * 2, lambda rows, told: brought.append((rows, told)), one)
+    prefetcher.bring(prefetcher.predict(mx.array([[3, 1], [3, 0]])))
+    prefetcher.bring(prefetcher.predict(np.array([1, 2])))
+    assert [rows.tolist() for rows, _ in brought] == [[0, 2, 6], [2, 4]]
+    assert all(told is one for _, told in brought)
+    for _ in range(prefetch.TRIAL):
+        one.count(1, 0)
+    assert prefetcher.predict(mx.array([1])) is None
+    prefetcher.bring(None)
+    assert len(brought) == 2
 
 
 def test_nothing_is_allocated_once_it_runs(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def test_misses_are_those_of_a_cache(tmp_path, spec, slots):
     with closing(RowReader(file, threads=1)) as reader:
         cache = RowCache(reader, 0, slots, make_policy(spec, ROWS))
         for step in steps:
-            expected.append(np.setdiff1d(step, cache.rows()).tolist())
+            expected.append(np.setdiff1d(step, cache.slots.rows()).tolist())
             cache.fetch(step)
     policy = make_policy(spec, ROWS)
     assert [rows.tolist() for rows in simulate.misses(steps, ROWS, slots, policy)] == expected

@@ -143,7 +143,7 @@ def test_a_prompt_in_one_piece_is_the_dense_one_to_the_bit(
     directory = ModelDirectory(trained(name, dtype))
     tokens = np.random.default_rng(2).integers(3, 1000, length).tolist()
     model = load_model(directory, PagingOptions(cache_share=SHARE))
-    assert model.layers[0].mlp._stream.capacity(0) == directory.rows.layers[0].rows
+    assert model.flash.rows.capacity(0) == directory.rows.layers[0].rows
     expected = logits(load_model(directory, PagingOptions(use_flash=False)), tokens, length)
     assert difference(logits(model, tokens, length), expected) == 0
 
@@ -153,7 +153,7 @@ def test_no_row_fires(trained, monkeypatch):
     model = load_model(directory, PagingOptions(cache_share=SHARE))
     paged = model.layers[1].mlp
     nothing = Prediction(np.zeros(0, np.int64))
-    monkeypatch.setattr(type(paged._predictor), "__call__", lambda self, x: nothing)
+    monkeypatch.setattr(type(paged.predictor), "__call__", lambda self, x: nothing)
     x = mx.random.normal((1, 1, model.args.hidden_size))
     found = paged(x)
     bias = mx.broadcast_to(paged.mlp.fc2.bias, found.shape)

@@ -14,7 +14,7 @@ from support.slots import Stubborn, active_sets, rows_of
 from mlx_flash.errors import CacheError, ReadError
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.paging.policies import LFU, SlidingWindow
-from mlx_flash.paging.slots import row_cache as module
+from mlx_flash.paging.slots import slot_store as module
 from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
@@ -57,13 +57,13 @@ def as_float(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def cached_part(cache: RowCache, name: str, width: int) -> np.ndarray:
-    return numpy_of(cache.part(name))[:, :width]
+    return numpy_of(cache.slots.part(name))[:, :width]
 
 
 def assert_slots_hold(cache: RowCache, dense: dict[str, np.ndarray]) -> None:
     for name, matrix in dense.items():
         part = cached_part(cache, name, matrix.shape[1])
-        np.testing.assert_array_equal(part, matrix[cache.rows()])
+        np.testing.assert_array_equal(part, matrix[cache.slots.rows()])
 
 
 def test_scattering_is_tested_both_ways():
@@ -79,17 +79,17 @@ def test_the_used_prefix_is_the_rows(opened):
     cache = RowCache(reader, 1, 15, SlidingWindow(ROWS, 3))
     hits = misses = moves = 0
     for active in active_sets(rng, ROWS, 15, 200):
-        there = np.isin(active, cache.rows()).sum()
+        there = np.isin(active, cache.slots.rows()).sum()
         hits, misses = hits + int(there), misses + int(active.size - there)
-        old = cache.rows()
+        old = cache.slots.rows()
         assert cache.fetch(active).all()
-        new = cache.rows()
-        assert cache.table.num_used == new.size == cache.part("up").shape[0]
+        new = cache.slots.rows()
+        assert cache.slots.table.num_used == new.size == cache.slots.part("up").shape[0]
         assert set(active.tolist()) <= set(new.tolist())
         both = np.intersect1d(old, new)
         moves += sum(old.tolist().index(r) != new.tolist().index(r) for r in both)
         assert_slots_hold(cache, dense)
-    assert (cache.hits, cache.misses) == (hits, misses)
+    assert (cache.counters.hits, cache.counters.misses) == (hits, misses)
     assert moves > 10
     assert reader.stats().requests > 0
 
@@ -98,9 +98,9 @@ def test_rows_are_a_copy(opened):
     reader, dense = opened
     cache = RowCache(reader, 1, 15, SlidingWindow(ROWS))
     cache.fetch(rows_of(1, 2, 3))
-    cache.rows()[:] = 0
+    cache.slots.rows()[:] = 0
     assert_slots_hold(cache, dense)
-    assert cache.rows().tolist() == [1, 2, 3]
+    assert cache.slots.rows().tolist() == [1, 2, 3]
 
 
 def test_a_relu_ffn_over_the_prefix_is_the_dense_one(opened, layout):
@@ -118,12 +118,12 @@ def test_a_relu_ffn_over_the_prefix_is_the_dense_one(opened, layout):
         expected = mx.maximum(before, 0) @ down
         active = np.flatnonzero(numpy_of(before)[0] > 0)
         assert cache.fetch(active).all()
-        used = cache.table.num_used
+        used = cache.slots.table.num_used
         extra += used - active.size
-        padding = cache.part("up").shape[1] - width
+        padding = cache.slots.part("up").shape[1] - width
         padded = mx.pad(hidden, [(0, 0), (0, padding)])
-        y = (mx.maximum(padded @ cache.part("up").T, 0) @ cache.part("down"))[:, :width]
-        cache.retain_until_evaluated(y)
+        y = (mx.maximum(padded @ cache.slots.part("up").T, 0) @ cache.slots.part("down"))[:, :width]
+        cache.slots.retain_until_evaluated(y)
         close = {"rtol": 1e-4, "atol": 1e-3} if dtype == "F32" else {"rtol": 2e-2, "atol": 2}
         np.testing.assert_allclose(numpy_of(y), numpy_of(expected), **close)
         scale = np.abs(numpy_of(expected)).mean()
@@ -139,9 +139,9 @@ def test_what_was_built_is_evaluated_before_slots_change(opened):
     built = []
     for active in active_sets(rng, ROWS, 8, 120):
         cache.fetch(active)
-        lazy = [cache.part(name) * 2 for name in dense]
-        cache.retain_until_evaluated(*lazy)
-        built.append((cache.rows(), lazy))
+        lazy = [cache.slots.part(name) * 2 for name in dense]
+        cache.slots.retain_until_evaluated(*lazy)
+        built.append((cache.slots.rows(), lazy))
     for rows, lazy in built:
         for matrix, y in zip(dense.values(), lazy, strict=True):
             np.testing.assert_array_equal(numpy_of(y)[:, : matrix.shape[1]], 2 * matrix[rows])
@@ -151,10 +151,10 @@ def test_moved_slots_alone_evaluate_what_was_built(opened):
     reader, dense = opened
     cache = RowCache(reader, 1, 8, SlidingWindow(ROWS, 1))
     cache.fetch(rows_of(1, 2, 3, 4))
-    y = cache.part("up") * 2
-    cache.retain_until_evaluated(y)
+    y = cache.slots.part("up") * 2
+    cache.slots.retain_until_evaluated(y)
     cache.fetch(rows_of(4))
-    assert cache.rows().tolist() == [4]
+    assert cache.slots.rows().tolist() == [4]
     width = dense["up"].shape[1]
     np.testing.assert_array_equal(numpy_of(y)[:, :width], 2 * dense["up"][1:5])
     assert_slots_hold(cache, dense)
@@ -169,13 +169,13 @@ def test_hits_alone_evaluate_nothing_and_keep_little(opened, monkeypatch):
     evaluated.clear()
     for _ in range(10):
         cache.fetch(rows_of(1, 2, 3))
-        cache.retain_until_evaluated(mx.zeros(1))
+        cache.slots.retain_until_evaluated(mx.zeros(1))
     assert not evaluated
     for _ in range(1000):
         cache.fetch(rows_of(1, 2, 3))
-        cache.retain_until_evaluated(mx.zeros(1))
-        assert len(cache._built_on) < 100, "results pile up while every row is a hit"
-    assert sum(evaluated) + len(cache._built_on) == 1010
+        cache.slots.retain_until_evaluated(mx.zeros(1))
+        assert len(cache.slots._retained) < 100, "results pile up while every row is a hit"
+    assert sum(evaluated) + len(cache.slots._retained) == 1010
 
 
 def fail(_fd: int, _buffers: list[memoryview], _offset: int) -> int:
@@ -186,23 +186,23 @@ def test_a_failed_read_leaves_an_empty_cache(opened, monkeypatch):
     reader, dense = opened
     cache = RowCache(reader, 1, 8, SlidingWindow(ROWS, 3))
     cache.fetch(rows_of(1, 2, 3))
-    lazy = cache.part("up") * 2
-    cache.retain_until_evaluated(lazy)
-    rows = cache.rows()
+    lazy = cache.slots.part("up") * 2
+    cache.slots.retain_until_evaluated(lazy)
+    rows = cache.slots.rows()
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", fail)
         use(patch, FakeKernel())
         with pytest.raises(ReadError, match="layer 1, row 7"):
             cache.fetch(rows_of(2, 7))
-    assert (cache.hits, cache.misses) == (1, 3)
-    assert cache.part("up").shape[0] == cache.rows().size == 0
+    assert (cache.counters.hits, cache.counters.misses) == (1, 3)
+    assert cache.slots.part("up").shape[0] == cache.slots.rows().size == 0
     width = dense["up"].shape[1]
     np.testing.assert_array_equal(numpy_of(lazy)[:, :width], 2 * dense["up"][rows])
     for active in (rows_of(2, 7), rows_of(), rows_of(0, 9, 39)):
         cache.fetch(active)
-        assert set(active.tolist()) <= set(cache.rows().tolist())
+        assert set(active.tolist()) <= set(cache.slots.rows().tolist())
         assert_slots_hold(cache, dense)
-    assert cache.misses == 3 + 2 + 3
+    assert cache.counters.misses == 3 + 2 + 3
 
 
 def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     cache = RowCache(reader, 1, 8, SlidingWindow(ROWS))
     cache.fetch(rows_of(1, 2, 3))
     bad = mx.zeros(1)
-    cache.retain_until_evaluated(bad)
+    cache.slots.retain_until_evaluated(bad)
     real = mx.eval
 
     def broken(arrays: list[mx.array]) -> None:
@@ -221,9 +221,9 @@ def test_a_failed_evaluation_leaves_an_empty_cache(opened, monkeypatch):
     monkeypatch.setattr(module.mx, "eval", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         cache.fetch(rows_of(4))
-    assert not cache.rows().size
+    assert not cache.slots.rows().size
     cache.fetch(rows_of(2, 4))  # what failed is not tried for ever
-    assert cache.rows().tolist() == [2, 4]
+    assert cache.slots.rows().tolist() == [2, 4]
     assert_slots_hold(cache, dense)
 
 
@@ -237,9 +237,9 @@ def test_what_is_there_can_be_used_while_the_rest_comes(opened, monkeypatch):
     cache.finish()
     monkeypatch.undo()
     reader.wait(submit(*begun[0]))
-    assert (cache.hits, cache.misses) == (2, 5)
+    assert (cache.counters.hits, cache.counters.misses) == (2, 5)
     assert_slots_hold(cache, dense)
-    cache.foretell(rows_of(20, 21))
+    cache.prefetch(rows_of(20, 21))
     assert set(cache.begin(rows_of(1, 20)).tolist()) <= {20}  # unless it has come already
     cache.finish()
     assert not cache.begin(rows_of(1, 20)).size
@@ -254,7 +254,7 @@ def test_failure_between_begin_and_finish_leaves_an_empty_cache(opened):
     with pytest.raises(MemoryError), cache.invalidate_on_error():
         cache.begin(rows_of(1, 2))
         raise MemoryError
-    assert not cache.rows().size
+    assert not cache.slots.rows().size
     cache.begin(rows_of(4))
     cache.finish()
     assert_slots_hold(cache, dense)
@@ -266,8 +266,8 @@ def test_more_rows_than_slots(opened):
     cache = RowCache(reader, 1, 4, SlidingWindow(ROWS, 2))
     cache.fetch(rows_of(1, 2, 3))
     assert cache.fetch(np.arange(6)).tolist() == [True, True, True, True, False, False]
-    assert sorted(cache.rows().tolist()) == [0, 1, 2, 3]
-    assert (cache.hits, cache.misses) == (3, 4)
+    assert sorted(cache.slots.rows().tolist()) == [0, 1, 2, 3]
+    assert (cache.counters.hits, cache.counters.misses) == (3, 4)
     assert_slots_hold(cache, dense)
 
 
@@ -276,15 +276,15 @@ def test_small_and_large_capacity(opened):
     one = RowCache(reader, 1, 1, SlidingWindow(ROWS))
     for row in (5, 5, 0, 39):
         assert one.fetch(rows_of(row)).all()
-        assert one.rows().tolist() == [row]
+        assert one.slots.rows().tolist() == [row]
         assert_slots_hold(one, dense)
     everything = RowCache(reader, 1, 10**9, SlidingWindow(ROWS, 10**9))
-    assert everything.table.capacity == ROWS
+    assert everything.slots.table.capacity == ROWS
     assert everything.fetch(np.arange(ROWS)).all()
-    assert everything.table.num_used == ROWS
+    assert everything.slots.table.num_used == ROWS
     assert_slots_hold(everything, dense)
     assert everything.fetch(rows_of()).size == 0
-    assert everything.table.num_used == ROWS
+    assert everything.slots.table.num_used == ROWS
     with pytest.raises(CacheError):
         RowCache(reader, 1, 0, SlidingWindow(ROWS))
 
@@ -294,5 +294,5 @@ def test_a_policy_of_ones_own(opened):
     cache = RowCache(reader, 1, 5, Stubborn(0.0, leave=True))
     for active in (rows_of(1, 2, 3), rows_of(3, 9)):
         cache.fetch(active)
-        assert sorted(cache.rows().tolist()) == active.tolist()
+        assert sorted(cache.slots.rows().tolist()) == active.tolist()
         assert_slots_hold(cache, dense)
