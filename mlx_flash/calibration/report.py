@@ -1,7 +1,4 @@
-"""The report of a calibration: JSON for programs, a table and a picture for people.
-
-Knows: figures, their names and units, file names. Does not know: where figures come from.
-"""
+"""The report of a calibration: JSON for programs, a table and a picture for people."""
 
 from __future__ import annotations
 
@@ -44,7 +41,13 @@ def build(
     rounds: list[dict[str, Any]],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The report as it goes to JSON."""
+    """The report, ready for JSON.
+
+    Args:
+        layers: figures of each layer's predictor, see ``TrainingData.figures``.
+        perplexities, rounds: see ``Checked``.
+        seconds: stage -> time it took.
+    """
     stride = directory.rows.layout.stride
     total = _total(layers)
     return {
@@ -65,7 +68,7 @@ def build(
 
 
 def _total(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of all layers together, those that a predictor left alone among them."""
+    """Figures of all layers together, with or without a predictor."""
     added = ("rows", "active", "predicted", "predictor_bytes", "bytes_per_token")
     total = {name: sum(layer[name] for layer in layers) for name in added}
     active, rows = total["active"], total["rows"]
@@ -85,7 +88,7 @@ def _total(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(report: dict[str, Any]) -> dict[str, Any]:
-    """What goes into the predictors' own file: nothing that differs from run to run."""
+    """Figures for ``predictors.safetensors``, none of which differs from run to run."""
     held_out, total = report["perplexity"]["held_out"], report["total"]
     return {
         "perplexity_dense": held_out["dense"],
@@ -106,11 +109,15 @@ def write(
     table_of: Callable[[dict[str, Any]], str] | None = None,
     draw_in: Callable[[Any, dict[str, Any]], None] | None = None,
 ) -> None:
-    """calibration.json, .txt and, where matplotlib is there, .png; each whole or not there.
+    """Write calibration.json, .txt and, where matplotlib is installed, .png.
+
+    Each file is written whole or not at all.
 
     Args:
-        table_of: makes the text; default that of predictors.
-        draw_in: draws in a matplotlib figure; default the picture of predictors.
+        path: model directory.
+        report: from ``build`` or its like; "plot" is set in it.
+        table_of: report -> text; default that of predictors.
+        draw_in: draws a report in a matplotlib figure; default the picture of predictors.
     """
     report["plot"] = PLOT if plot(path / PLOT, report, draw_in or draw) else NO_PLOT
     shown = (table_of or table)(report)
@@ -198,7 +205,7 @@ def plot(
 
 
 def panels(figure: Any, count: int) -> list[Any]:
-    """Axes for so many small pictures, four beside each other."""
+    """Axes for ``count`` small pictures, four in a row."""
     columns = min(4, count)
     rows = -(-count // columns)
     figure.set_size_inches(3.6 * columns, 2.8 * rows + 0.5)

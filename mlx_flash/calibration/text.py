@@ -1,12 +1,9 @@
 """The text that a model is calibrated on: found, checked, tokenised, cut into sequences.
 
-Three parts that do not overlap, in the order of the text: training (what predictors are fitted to),
-validation (what their rank and threshold are chosen by) and held-out (what is reported). Without a
-text of the user's it is Jane Austen's Persuasion (1818, public domain), which ships with the
-package.
-
-Knows: files, the Hugging Face hub's data sets, tokenizers. Does not know: models. LLM in a flash
-(section 3.1) fits its predictors on 10,000 samples of C4; here as many tokens as are asked for.
+It has three parts that do not overlap, in the order of the text: training (predictors are fitted to
+it), validation (their rank and threshold are chosen by it) and held-out (figures are reported of
+it). The default is Jane Austen's Persuasion (1818, public domain), which ships with the package.
+LLM in a flash (section 3.1) fits its predictors on 10,000 samples of C4.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ SEQUENCE = 512
 MIN_SEQUENCE = 32
 MIN_TRAIN, MIN_VALIDATION, MIN_HELD_OUT = 1024, 512, 512
 MIN_TOKENS = MIN_TRAIN + MIN_VALIDATION + MIN_HELD_OUT
-CHARS_PER_TOKEN = 40  # so many are read for each token wanted, at most: training picks from them
+CHARS_PER_TOKEN = 40  # characters read per token wanted, at most: training picks from them
 SUFFIXES = (".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz", ".parquet")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
 
@@ -40,8 +37,8 @@ class CalibrationText:
     """Sequences of token ids, each behind the token that the model's texts begin with, if any.
 
     Args:
-        source: file or hub name, for people.
-        sha256: of all tokens used.
+        source: file or hub name, for reports.
+        sha256: of all token ids used.
         train, validation, held_out: int32 [sequences, length].
     """
 
@@ -53,11 +50,11 @@ class CalibrationText:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens in a sequence."""
         return self.train.shape[1]
 
     def parts(self) -> dict[str, np.ndarray]:
-        """Name to sequences, in the order in which they are run."""
+        """Name -> sequences, in the order in which they are run."""
         return {
             "train": self.train,
             "validation": self.validation,
@@ -73,19 +70,19 @@ class CalibrationText:
 def load(
     data: str | Path | None, tokenizer: Any, tokens: int, positions: int | None, seed: int
 ) -> CalibrationText:
-    """The sequences to calibrate on.
+    """Read, tokenise and cut the text to calibrate on.
 
     Args:
         data: file (text, JSON lines, JSON, parquet; may be gzipped), data set on the hub as
             "owner/name" or "owner/name:file", or None for the text that ships with the package.
         tokenizer: mlx-lm's or transformers'.
-        tokens: to train on; an eighth as many are for validation, a quarter held out. A shorter
+        tokens: number to train on; an eighth of it is for validation, a quarter held out. A shorter
             text gives fewer.
         positions: the longest sequence that the model was made for, if known.
         seed: picks the training sequences from a longer text.
 
     Raises:
-        CalibrationError: there is no such text, it is not text, or too short.
+        CalibrationError: the text is missing, not text, or too short.
     """
     if tokens < MIN_TRAIN:
         raise CalibrationError(f"{tokens} tokens to train on; expected at least {MIN_TRAIN}")
@@ -120,7 +117,7 @@ def _sequences(ids: np.ndarray, length: int, first: Sequence[int]) -> np.ndarray
 
 
 def _parts(count: int, wanted: Sequence[int], seed: int) -> tuple[np.ndarray, ...]:
-    """Numbers of the sequences of each part; fewer of each where there are not so many."""
+    """Sequence numbers of each part; fewer of each where ``count`` is less than ``wanted``."""
     if count < sum(wanted):
         share = count / sum(wanted)
         validation, held_out = (max(1, int(n * share)) for n in wanted[1:])
@@ -134,7 +131,7 @@ def _parts(count: int, wanted: Sequence[int], seed: int) -> tuple[np.ndarray, ..
 
 
 def read(data: str | Path | None, limit: int) -> tuple[str, str]:
-    """(text of at most ``limit`` characters or a little more, what it is called)."""
+    """(text of about ``limit`` characters at most, its name)"""
     if data is None:
         return _read_file(DEFAULT, limit), "Persuasion (ships with mlx_flash)"
     path = Path(data)
@@ -231,7 +228,7 @@ def _parquet(path: Path) -> Iterator[str]:
             yield from (text for text in batch.column("text").to_pylist() if text)
     except (ArrowException, KeyError) as error:
         raise CalibrationError(
-            f"{path} is no parquet file with a column 'text': {error}"
+            f"{path} is not a parquet file with a column 'text': {error}"
         ) from error
 
 
@@ -255,9 +252,9 @@ def _download(repo: str, file: str | None) -> Path:
         return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset"))
     except CalibrationError:
         raise
-    except Exception as error:  # the hub's own, its HTTP library's, the disk's: all are no text
+    except Exception as error:  # the hub's own, its HTTP library's, the disk's: no text comes
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CalibrationError(
-            f"there is no file {repo}, and as a data set it cannot be had from the hub "
+            f"there is no file {repo}, and the hub does not give a data set of that name "
             f"({lines[0]}); give a local text file, or leave --data out"
         ) from error

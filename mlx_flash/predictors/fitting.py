@@ -92,7 +92,7 @@ class TrainingData(Protocol):
         """Gate, up and down by their names, float32 [rows, d_model] each."""
 
     def weight_bytes(self, rows: int) -> int:
-        """Memory that ``weights`` of a layer of so many rows take at most."""
+        """Memory that ``weights`` of a layer of ``rows`` rows take at most."""
 
     def strength(self, layer: int, norms: np.ndarray) -> np.ndarray:
         """Norm of what each row adds to the output on the validation text, [tokens, rows].
@@ -145,7 +145,12 @@ class Fitter:
         raise NotImplementedError
 
     def fit_bytes(self, rows: int, validation: int) -> int:
-        """Memory that fitting a layer takes at most, with so many tokens of validation text."""
+        """Memory that fitting a layer takes at most.
+
+        Args:
+            rows: of the layer.
+            validation: number of tokens of the validation text.
+        """
         raise NotImplementedError
 
     def held_bytes(self, rows: int) -> int:
@@ -153,7 +158,7 @@ class Fitter:
         raise NotImplementedError
 
     def alternatives(self, layer: int, fitted: Fitted, target: float) -> dict[str, Chooser]:
-        """Other ways to choose as many rows, by name, for the report to compare with."""
+        """Other ways to choose the same number of rows, by name, for the report to compare."""
         return {}
 
 

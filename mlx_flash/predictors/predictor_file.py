@@ -144,11 +144,11 @@ def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Pre
         DamagedError: it cannot be read.
     """
     if not path.is_file():
-        raise PredictorError(f"there is no {path}")
+        raise PredictorError(f"there is no {path}; make it with mlx_flash calibrate")
     try:
         tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise DamagedError(f"{path} is no safetensors file: {error}; calibrate again") from error
+        raise DamagedError(f"{path} is not a safetensors file: {error}; calibrate again") from error
     if metadata.get("format") != FORMAT:
         raise PredictorError(f"{path} does not hold predictors of mlx_flash; calibrate again")
     if metadata.get("format_version") != str(FORMAT_VERSION):

@@ -15,8 +15,8 @@ from .predictor_file import LayerPredictor
 from .registry import WHOLE
 from .resident_part import deciding_part
 
-TOKENS = "4"  # a cache is to hold what so many tokens in a row use
-SHARE = 0.1  # of the rows of a layer, where nothing was measured
+TOKENS = "4"  # consecutive tokens whose rows a cache is to hold
+SHARE = 0.1  # demand of a layer as a share of its rows, where nothing was measured
 
 
 @dataclass(frozen=True)

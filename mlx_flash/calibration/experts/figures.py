@@ -1,14 +1,10 @@
-"""What the experts of a mixture were asked for on text, in figures; and how to share slots out.
-
-Knows: which experts each token of each layer was given, numpy. Does not know: how that was
-recorded (``expert_trace``), files, what is printed.
-"""
+"""Figures of how a mixture's layers use their experts, and ways to share slots out by them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,22 +15,23 @@ from mlx_flash.runtime.memory_plan import PagingRequirements
 from .stack_distance import Trace, depths, misses, within
 
 WINDOWS = tuple(range(1, 9))  # tokens in a row
-DEMAND_TOKENS = "4"
-TOP_SHARE = 0.25  # of the experts, the most used
-CAPACITIES = (1 / 8, 1 / 4, 1 / 2)  # of a layer's experts, where policies are compared
-BUDGETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of all experts' bytes, where splits are compared
+DEMAND_TOKENS = "4"  # tokens in a row whose experts the split "distinct" goes by
+TOP_SHARE = 0.25  # the most used experts, as a share of a layer's
+CAPACITIES = (1 / 8, 1 / 4, 1 / 2)  # slots at which policies are compared, as a share of experts
+BUDGETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # at which splits are compared, as a share of all bytes
 WARM = 256  # tokens before misses count; at most a quarter of the trace
 SPLITS = ("equal", "distinct", "measured")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one layer was asked for in some sequences of text.
+    """Experts that tokens of some sequences were routed to in one layer.
 
     Args:
-        experts: that the layer has.
-        chosen: int [sequences, tokens, experts per token].
-        foretold: of the same shape; None where nothing foretells the layer.
+        experts: number of experts of the layer.
+        chosen: expert numbers [sequences, tokens, experts per token].
+        foretold: expert numbers of the same shape, that the layer's router would have chosen one
+            layer earlier; None where that cannot be asked.
     """
 
     experts: int
@@ -42,18 +39,18 @@ class Asked:
     foretold: np.ndarray | None = None
 
     def trace(self) -> list[np.ndarray]:
-        """For each token the experts it asks for, sorted, distinct."""
+        """Experts of each token, sorted and distinct."""
         return [np.unique(token) for token in self.chosen.reshape(-1, self.chosen.shape[-1])]
 
     def active(self) -> np.ndarray:
-        """The same as bool [sequences, tokens, experts]."""
+        """Experts of each token as bool [sequences, tokens, experts]."""
         found = np.zeros((*self.chosen.shape[:2], self.experts), bool)
         np.put_along_axis(found, self.chosen.astype(np.int64), True, axis=2)
         return found
 
 
 def distinct(active: np.ndarray, windows: Sequence[int] = WINDOWS) -> dict[str, float]:
-    """Mean number of experts asked for in so many tokens in a row of a sequence, by the number."""
+    """Mean number of distinct experts in n consecutive tokens of a sequence, by n as text."""
     found = {}
     tokens = active.shape[1]
     for window in (n for n in windows if n <= tokens):
@@ -65,13 +62,18 @@ def distinct(active: np.ndarray, windows: Sequence[int] = WINDOWS) -> dict[str, 
 
 
 def top_share(active: np.ndarray, share: float = TOP_SHARE) -> float:
-    """Share of the asks that go to the most used of the experts, so large a share of them."""
+    """Share of all uses that go to the most used experts.
+
+    Args:
+        active: see ``Asked.active``.
+        share: of the experts that count as the most used.
+    """
     counts = np.sort(active.reshape(-1, active.shape[-1]).sum(axis=0))[::-1]
     return float(counts[: math.ceil(counts.size * share)].sum() / max(1, counts.sum()))
 
 
 def foretold_share(asked: Asked) -> float | None:
-    """Share of the asks that are among the foretold ones."""
+    """Share of the experts used that were foretold; None where nothing foretells the layer."""
     if asked.foretold is None:
         return None
     guessed = Asked(asked.experts, asked.foretold).active()
@@ -80,7 +82,11 @@ def foretold_share(asked: Asked) -> float | None:
 
 
 def curve(trace: Trace, experts: int, warm: int | None = None) -> np.ndarray:
-    """Misses per token with 0, 1, ... slots under the default policy, after a warm start."""
+    """Misses per token with 0, 1, ... ``experts`` slots under the default policy.
+
+    Args:
+        warm: tokens that fill the slots before misses count; None for a default.
+    """
     warm = min(WARM, len(trace) // 4) if warm is None else warm
     policy = make_policy(DEFAULT_POLICY, experts)
     return misses(depths(trace, experts, policy)[warm:], experts)
@@ -123,24 +129,32 @@ def layer_figures(asked: Asked) -> dict[str, Any]:
 def capacities(
     split: str, layers: Sequence[dict[str, Any]], needs: PagingRequirements, room: int
 ) -> tuple[int, ...]:
-    """Slots of each layer by one of ``SPLITS``, from the layers' figures."""
+    """Slots of each layer by one of ``SPLITS``.
+
+    Args:
+        layers: from ``layer_figures``.
+        room: bytes of all slots together.
+    """
     if split == "measured":
         curves = tuple(tuple(layer["misses"]) for layer in layers)
-        return PagingRequirements(**vars(needs) | {"curves": curves}).capacities(room)
+        return replace(needs, curves=curves).capacities(room)
     demand = needs.rows
     if split == "distinct":
         demand = tuple(layer["distinct"][DEMAND_TOKENS] for layer in layers)
-    return PagingRequirements(**vars(needs) | {"demand": demand, "curves": None}).capacities(room)
+    return replace(needs, demand=demand, curves=None).capacities(room)
 
 
 def compare_splits(
     layers: Sequence[dict[str, Any]], needs: PagingRequirements, curves: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    """Misses per token of every way to share slots out, on text that none of them has seen.
+    """Misses per token of every way to share slots out, on text that no way was made from.
 
     Args:
         layers: figures of the text that the splits are made from.
-        curves: of each layer, misses on other text.
+        curves: of each layer, misses per token on the other text, from ``curve``.
+
+    Returns:
+        ``shares``: budgets, see ``BUDGETS``; ``misses``: split -> misses at each of them.
     """
     total = needs.bytes_of(needs.rows)
     least = needs.bytes_of(needs.least_slots)

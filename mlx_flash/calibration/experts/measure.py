@@ -1,10 +1,9 @@
-"""Measure what each layer of a mixture is asked for, so that a budget goes where it saves most.
+"""Measure which experts each layer of a mixture uses, so that a budget goes where it saves most.
 
-The model runs over text, paged within the budget, and the experts that its routers choose are
-written down. From the training part of the text comes each layer's curve of misses; on the rest
-slots shared out by the curves are held against equal shares, and used only if they do better. What
-is interrupted goes on when the same call is made again; the file is written last, whole or not at
-all.
+The model runs over text, paged within the budget, and the choices of its routers are recorded. The
+training part of the text gives each layer's miss-ratio curve. On the rest, slots shared out by the
+curves are compared with equal shares, and used only if they do better. What is interrupted goes on
+when the same call is made again; the file is written last, whole or not at all.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def measure(
     Args:
         directory: of a mixture.
         data: text, see ``text.load``; None for the one that ships.
-        tokens: to make the curves from; default 4096. An eighth as many warm the caches for the
-            quarter on which ways to share slots out are compared.
+        tokens: number to make the curves from; default 4096. An eighth as many fill the slots, and
+            a quarter as many compare ways to share slots out.
         ram: bytes or text such as "4GB" that the whole process may take.
         seed: picks the sequences from a longer text.
         progress: called as (stage, done, total).
@@ -79,7 +78,9 @@ def measure(
         BudgetError: the budget is too small.
     """
     if directory.mixture is None:
-        raise CalibrationError(f"{directory.path} is no mixture of experts")
+        raise CalibrationError(
+            f"{directory.path} is not a mixture of experts; fit predictors to it with calibrate"
+        )
     if seed < 0:
         raise CalibrationError(f"seed {seed}; expected one from 0 on")
     settings = Settings("experts", TOKENS if tokens is None else tokens, seed)
@@ -134,7 +135,7 @@ class Measurement(TextRun):
         return self._write(figures, splits)
 
     def _record(self) -> None:
-        """Run the model over what of the text is not recorded yet."""
+        """Run the model over the sequences that are not recorded yet."""
         count, length = len(self.sequences), self.text.length
         done = trace.recorded(self.work, count)
         self.progress("recording", done * length, count * length)

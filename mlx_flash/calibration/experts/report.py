@@ -1,7 +1,4 @@
-"""The report of what a mixture's experts are asked for: JSON, a table and a picture.
-
-Knows: figures, their names and units. Does not know: where figures come from, file names.
-"""
+"""The report of how a mixture uses its experts: JSON, a table and a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +27,13 @@ def build(
     splits: dict[str, Any],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """The report as it goes to JSON."""
+    """The report, ready for JSON.
+
+    Args:
+        layers: from ``layer_figures``.
+        splits: from ``compare_splits``.
+        seconds: stage -> time it took.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "mlx_flash": __version__,
@@ -53,7 +56,7 @@ def gain(splits: dict[str, Any], name: str = "measured") -> float:
 
 
 def measured(report: dict[str, Any]) -> dict[str, Any]:
-    """What goes into the file itself: nothing that differs from run to run."""
+    """Figures for ``experts.json``, none of which differs from run to run."""
     return {
         "splits": report["splits"],
         "gain": gain(report["splits"]),

@@ -1,16 +1,10 @@
-"""How many uses find their row in a cache, for any number of slots, and what to make of it.
+"""Stack distances: hits and misses of a trace for every number of slots, in one pass over it.
 
-All policies of ``policy`` rank rows by what was used, whatever the number of slots, and the slots
-of a smaller cache are then a part of those of a larger one (stack algorithms: Mattson et al., IBM
-Systems Journal 9(2), 1970). So one pass over a trace tells for each use how many slots it would
-have taken to find the row: its depth. The hits at every capacity follow.
-
-Slots are shared out over layers one by one, each to the layer where it saves the most misses per
-byte, along the lower convex envelope of the layer's misses: what a stretch of slots saves together
-counts for each of them.
-
-Knows: traces (for each step the rows used, sorted, distinct), policies, curves. Does not know:
-files, models, MLX.
+All policies of ``paging.policies`` rank rows by what was used, whatever the number of slots. The
+rows in a smaller cache are then a subset of those in a larger one (stack algorithms: Mattson et
+al., IBM Systems Journal 9(2), 1970). So one pass over a trace gives the stack distance of each
+access, the smallest number of slots at which it is a hit, and from these the miss-ratio curve. A
+trace lists for each step the rows used, sorted and distinct.
 """
 
 from __future__ import annotations
@@ -23,13 +17,16 @@ import numpy as np
 from mlx_flash.paging.policies import Policy
 
 Trace = Sequence[np.ndarray]
-NEVER = np.iinfo(np.int32).max  # depth of a use that no cache would have had
+NEVER = np.iinfo(np.int32).max  # distance of an access that misses at every number of slots
 
 
 def depths(trace: Trace, rows: int, policy: Policy) -> list[np.ndarray]:
-    """For each step, the slots it takes for each of its rows to be a hit; ``NEVER`` the first time.
+    """Stack distance of every access: the smallest number of slots at which it hits.
 
-    What ``SlotTable`` does under a policy whose rows do not expire, with any number of slots.
+    That is for a ``SlotTable`` under a policy whose rows do not expire.
+
+    Returns:
+        For each step int64 [rows used]; ``NEVER`` at a row's first use.
     """
     stack: list[int] = []
     everything = np.arange(rows)
@@ -45,8 +42,8 @@ def depths(trace: Trace, rows: int, policy: Policy) -> list[np.ndarray]:
 def _restack(stack: list[int], active: list[int], rank: list[float]) -> list[int]:
     """The stack after a step: its first n rows are those in a cache of n slots, for any n.
 
-    With fewer slots than active rows, those that are there stay and the best of the others enter;
-    with more, all active rows are there and of the others those that the policy ranks highest.
+    With fewer slots than active rows, active rows in slots stay and the best of the others enter.
+    With more, all active rows are in slots, and of the others those that the policy ranks highest.
     """
     wanted = set(active)
     entering = sorted(active, key=lambda row: -rank[row])
@@ -80,10 +77,11 @@ def misses(depth: Sequence[np.ndarray], rows: int) -> np.ndarray:
 
 
 def within(depth: Sequence[np.ndarray], trace: Trace, window: int) -> list[np.ndarray]:
-    """Depths under a window: what was last used more than so many steps ago was let go.
+    """Stack distances under a sliding window: ``NEVER`` where the last use is too long ago.
 
     Args:
-        depth: those of LRU.
+        depth: stack distances of LRU.
+        window: steps after which an unused row leaves.
     """
     last: dict[int, int] = {}
     found = []

@@ -1,8 +1,8 @@
 """Which experts each token of a text was given, recorded while the model runs.
 
-A watcher around every switch module, paged or not, writes down the expert numbers that the router
-hands over, and what the next layer's router would say to the same hidden state. Sequence by
-sequence they go to a working directory, so that an interrupted recording goes on behind them.
+A watcher around every switch module, paged or not, keeps the expert numbers that the router hands
+over, and those that the next layer's router would choose for the same hidden state. They go to a
+working directory sequence by sequence, so that an interrupted recording goes on behind them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Scores = Callable[[mx.array], mx.array]
 
 
 class Recorder:
-    """What the routers of a loaded mixture choose, and what they foretell of the next layer.
+    """Records what the routers of a loaded mixture choose, and what they foretell a layer ahead.
 
     Args:
         model: from ``load_model``; its switch modules are wrapped for good.
@@ -35,7 +35,7 @@ class Recorder:
     def __init__(self, model: nn.Module, top_k: int) -> None:
         pager = model.flash.pager
         if not isinstance(pager, ExpertPager):
-            raise CalibrationError("the model has no experts whose use could be recorded")
+            raise CalibrationError("the model has no experts to record; it is not a mixture")
         self._model, self._top_k = model, top_k
         layers = len(pager.found)
         ahead = [pager.scores(i) if i else None for i in range(layers)]
@@ -57,10 +57,18 @@ class Recorder:
         return seen
 
     def run(self, tokens: np.ndarray, chunk: int) -> dict[str, np.ndarray]:
-        """Run one sequence: ``chosen-i`` and ``foretold-i`` of each layer, [tokens, experts].
+        """Run one sequence.
+
+        Args:
+            tokens: token ids.
+            chunk: how many of them the model takes at once.
+
+        Returns:
+            ``chosen-i`` of each layer i and ``foretold-i`` where a layer is foretold: expert
+            numbers, uint16 [tokens, experts per token].
 
         Raises:
-            CalibrationError: a layer was not asked once for each token.
+            CalibrationError: a layer's switch did not see each token once.
         """
         for lists in (self._chosen, self._foretold):
             for found in lists:
@@ -74,8 +82,8 @@ class Recorder:
                 array = np.concatenate(found) if found else np.zeros((0, 0), np.uint16)
                 if len(array) != len(tokens):
                     raise CalibrationError(
-                        f"the experts of layer {layer} were asked {len(array)} times for "
-                        f"{len(tokens)} tokens; their use cannot be told from that"
+                        f"layer {layer} routed {len(array)} tokens where the model was given "
+                        f"{len(tokens)}; the use of this family's experts cannot be counted"
                     )
                 arrays[f"{name}-{layer}"] = array
         return arrays

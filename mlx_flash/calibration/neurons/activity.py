@@ -1,10 +1,8 @@
-"""Which rows were active at which token: counting, with numpy only.
+"""Activation statistics: which rows were active at which token, counted with numpy.
 
 Arrays are bool [tokens, rows], tokens in the order of the text. The sliding window is that of LLM
-in a flash, section 3.1: a row that was active in one of the last k tokens is still in memory; what
-is not has to be read afresh.
-
-Knows: bits. Does not know: models, predictors, files.
+in a flash, section 3.1: a row that was active in one of the last k tokens is still in memory, any
+other has to be read afresh.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ SPANS = (1, 2, 4, 8, 16)
 
 
 def fresh_rows(active: np.ndarray, windows: Sequence[int] = WINDOWS) -> dict[str, float]:
-    """Rows read afresh per token for each window, by the window as text.
+    """Mean number of rows read afresh per token, for each window, by the window as text.
 
     The first tokens, before the longest window is full, are not counted.
     """
@@ -37,7 +35,7 @@ def fresh_rows(active: np.ndarray, windows: Sequence[int] = WINDOWS) -> dict[str
 
 
 def union_sizes(active: np.ndarray, spans: Sequence[int] = SPANS) -> dict[str, float]:
-    """Mean number of rows that are active in so many tokens in a row, by the number as text."""
+    """Mean number of rows that are active in any of n consecutive tokens, by n as text."""
     sizes = {}
     for span in spans:
         count = len(active) // span

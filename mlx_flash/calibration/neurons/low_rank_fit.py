@@ -1,4 +1,4 @@
-"""Fitting predictors to recorded arrays: low-rank matrices, thresholds, scales.
+"""Arithmetic of low-rank predictors: matrices fitted to recorded arrays, scores to cut at.
 
 A low-rank predictor starts from the closed form: the projection that decides which rows are active
 (gate, or up where there is no gate), cut to its rank in the metric of the inputs' covariance
@@ -6,10 +6,8 @@ A low-rank predictor starts from the closed form: the projection that decides wh
 the logit of the row being active, were the inputs normally distributed. AdamW then goes on from
 there with the balanced loss of Deja Vu (2310.17157): cross entropy, weight y * (1 - w) + w.
 
-The arithmetic is written once for numpy and MLX: on a GPU it runs in MLX, elsewhere in numpy, whose
-matmuls are some twenty times as fast as those of MLX's CPU wheel on Linux.
-
-Knows: arrays. Does not know: files, models, what the ranks cost. LLM in a flash, section 3.1.
+It is written once for numpy and MLX: on a GPU it runs in MLX, elsewhere in numpy, whose matmuls are
+some twenty times as fast as those of MLX's CPU wheel on Linux.
 """
 
 from __future__ import annotations
@@ -26,14 +24,14 @@ import numpy as np
 
 from mlx_flash.errors import CalibrationError
 
-BATCH = 256  # tokens: on few of them more and smaller steps got further than Deja Vu's 1024
+BATCH = 256  # tokens a step: on short texts more, smaller steps got further than Deja Vu's 1024
 EPOCHS = 2
 RATE = 1e-2
 DECAY = 0.01
 BETAS = (0.9, 0.99)
 LOGIT = 1.702  # sigmoid(LOGIT * z) is close to the normal distribution function of z
-LEAST_DOUBT = 0.1  # standard deviations that even a full rank is taken to be off by
-MAX_LOGIT = 20.0  # beyond, a sigmoid is too close to 1 to find its argument again
+LEAST_DOUBT = 0.1  # error, in standard deviations, that even a full rank is assumed to have
+MAX_LOGIT = 20.0  # above this a sigmoid is too close to 1 to recover its argument
 
 Batch = tuple[np.ndarray, np.ndarray]  # x float32 [n, d_model], active bool [n, rows]
 Batches = Callable[[np.ndarray], Batch]  # token numbers -> batch
@@ -60,7 +58,13 @@ class Matrices:
 
 @dataclass
 class Moments:
-    """Of the inputs of a layer: their mean [d_model], covariance, and how often each row fires."""
+    """Statistics of a layer's inputs.
+
+    Args:
+        mean: [d_model].
+        covariance: [d_model, d_model].
+        rate: share of the tokens that each row fires for, [rows].
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -118,7 +122,7 @@ class ClosedForm:
             (weight @ found.mean + (0.0 if bias is None else bias) - offset) / deviation
             for weight, bias, deviation in zip(weights, biases, spread, strict=True)
         ]
-        # Of two that both have to be above, the rarer one says more.
+        # Where two projections both have to be positive, the one that rarely is says more.
         joint = sum(
             weight * (_pull(centre) / deviation)[:, None]
             for weight, centre, deviation in zip(weights, centres, spread, strict=True)
@@ -127,7 +131,7 @@ class ClosedForm:
         deviation = _spread(turned)
         turned /= deviation[:, None]
         centre = centres[0] if len(weights) == 1 else _probit(found.rate)
-        # A row that is rarely near its border needs less of the rank.
+        # A row whose value is rarely near zero needs less of the rank.
         care = np.maximum(np.exp(-np.square(np.clip(centre, -4, 4)) / 4), 0.1).astype(np.float32)
         turned *= care[:, None]
         _, vectors = np.linalg.eigh((turned.T @ turned).astype(np.float64))
@@ -140,7 +144,7 @@ class ClosedForm:
         self._shift = -math.log(balance(float(found.rate.mean())))
 
     def cut(self, rank: int, nonlinearity: str = "none") -> Matrices:
-        """The predictor of a rank; with a ReLU between, pairs of opposite signs make it linear."""
+        """The best predictor of a rank; with a ReLU between, pairs of opposite signs are linear."""
         linear = rank if nonlinearity == "none" else (rank + 1) // 2
         first, second = self._first[:linear], self._second[:, :linear]
         known = np.square(second).sum(axis=1)
@@ -195,7 +199,7 @@ def train(
         rate: learning rate at the beginning; it falls to 0 along a cosine.
 
     Raises:
-        CalibrationError: the loss is no number.
+        CalibrationError: the loss is infinite or not a number.
     """
     xp = backend()
     relu = nonlinearity == "relu"
@@ -256,7 +260,7 @@ def cutoff(scores: np.ndarray, target: float) -> float:
 
 
 def weighted_cutoff(scores: np.ndarray, weights: np.ndarray, target: float) -> float:
-    """The same, each score counted by its weight."""
+    """``cutoff`` with each score counted by its weight."""
     order = np.argsort(scores)
     missed = np.cumsum(weights[order], dtype=np.float64)
     if not scores.size or missed[-1] <= 0:

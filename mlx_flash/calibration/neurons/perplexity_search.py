@@ -36,7 +36,7 @@ class Checked:
     Args:
         layers: each layer's predictor and its figures.
         perplexities: "held_out" and "validation": dense and predicted; "other_scores": name ->
-            perplexity of other ways to choose as many rows.
+            perplexity of other ways to choose the same number of rows.
         rounds: the targets that were tried and what they cost on the validation text.
     """
 

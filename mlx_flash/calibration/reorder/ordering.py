@@ -1,11 +1,11 @@
-"""Which order of a layer's rows lets few requests read what is asked for together. Pure.
+"""An order of a layer's rows in which few requests read the rows that a token needs.
 
-Rows that are asked for by the same tokens are laid next to each other, so that one request reads
+Rows that are needed by the same tokens are put next to each other, so that one request reads
 several of them. From the strongest pair down, pairs of rows are linked unless one of them has two
-neighbours already or the link would close a ring; what comes out is chains, the most used first
-(the greedy Hamiltonian path of Neuralink, arXiv 2410.19274). A row beside its single best friend is
-not enough: LLM in a flash tried that and read hot rows again and again. Nothing is stored twice
-here, and what is hot is in slots and not read at all.
+neighbours already or the link would close a ring. The result is chains, the most used first (the
+greedy Hamiltonian path of Neuralink, arXiv 2410.19274). LLM in a flash bundled each row with its
+closest friend instead, and read the hottest rows again and again; here no row is stored twice, and
+hot rows are in slots and not read at all.
 
 Knows: bits [tokens, rows]. Does not know: models, files, slots, how bits were recorded.
 """
@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_flash.storage.read_requests import plan_scattered
 
-NEIGHBOURS = 32  # of each row, so many pairs are considered
+NEIGHBOURS = 32  # pairs that are considered of each row
 TOKENS_AT_ONCE = 512
 ROWS_AT_ONCE = 1024
 

@@ -1,4 +1,4 @@
-"""A model directory's rows in another order: those that are asked for together, near each other.
+"""A model directory's rows in another order: those that are needed together, near each other.
 
 Permuting the neurons of an FFN changes its output by rounding only. Whole rows move, so quantised
 ones need no thought; what else counts rows moves with them: biases among the resident weights, the
@@ -73,7 +73,7 @@ def reorder(
             an activation that has zeros, or with predictors from ``calibrate``.
         out: model directory to make; None to replace ``path`` when all is done.
         data: text to measure on, see ``text.load``.
-        tokens: to learn from; a quarter as many more for the figures.
+        tokens: number to learn from; a quarter of it more is for the figures.
         ram: bytes or text such as "4GB" that running the model over the text may take.
         seed: picks sequences from a longer text.
         dry_run: only measure.
