@@ -1,10 +1,10 @@
 """Whether two checkouts do the same: files, tokens, keys of figures, exit codes.
 
 Each checkout converts and runs the same checkpoints in processes of its own, in this Python
-environment. Compared are the SHA-256 of every file of the model directories (predictors and
-reordered ones, too), greedy tokens (streamed, cached, under a small budget, all resident, dense),
-the keys of ``--stats`` and of the JSON that ``inspect``, ``plan``, ``reorder`` and ``calibrate``
-give, and exit codes. Ends with 1 where anything differs.
+environment. Compared are the SHA-256 of every file of the model directories, predictors, reordered
+directories, Core ML exports; greedy tokens (streamed, cached, under a small budget, all
+resident, dense); keys of ``--stats`` and of the JSON that ``inspect``, ``plan``, ``reorder`` and
+``calibrate`` give; exit codes. Ends with 1 where anything differs.
 
     python -m benchmarks.exactness.compare_checkouts OLD NEW [--quick] [--only llama,mixtral]
 """
@@ -32,7 +32,16 @@ WORK = OUT / "compare"
 CONTEXT = 128
 MARGIN = 1.02  # of a small budget over the least: a process does not always take the same
 
-WORKING = ("convert", "verify", "inspect", "generate", "small budget", "calibrate", "reorder")
+WORKING = (
+    "convert",
+    "verify",
+    "inspect",
+    "generate",
+    "small budget",
+    "calibrate",
+    "reorder",
+    "export",
+)
 
 Found = dict[str, dict[str, Any]]
 
@@ -92,9 +101,18 @@ class Checkout:
             small = int(MARGIN * least)
         for label, ram in (("small budget", small), ("all resident", 4_000_000_000)):
             self.generate(found, out, label, ram)
-        for folder in ("model", "calibrated", "reordered"):
+        if case.export is not None:
+            self.export(found, source, out / "exported", case.export)
+        for folder in ("model", "calibrated", "reordered", "exported"):
             shutil.rmtree(out / folder, ignore_errors=True)
         return found, small
+
+    def export(self, found: Found, source: Path, out: Path, flags: tuple[str, ...]) -> None:
+        """``coreml_export`` of the checkpoint; its exit code and files go into ``found``."""
+        done = self.python("-m", "coreml_export", str(source), "-o", str(out), *flags)
+        found["exits"]["export"] = done.returncode
+        (out.parent / "export.txt").write_text(done.stderr)
+        found["files"] |= {f"exported/{name}": value for name, value in hashes(out).items()}
 
     def generate(self, found: Found, out: Path, label: str, ram: int) -> None:
         """``generate --ram`` in a process of its own; what comes out goes into ``found``."""

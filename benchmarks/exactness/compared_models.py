@@ -41,6 +41,7 @@ class Case:
         calibrate: flags of ``mlx_flash calibrate``; None for no such run.
         calibrated_loads: keywords of ``mlx_flash.load``, run after calibrating.
         reorder: flags of ``mlx_flash reorder``; None for no such run.
+        export: flags of ``python -m coreml_export``; None for no such run.
         quick: whether ``--quick`` has it.
     """
 
@@ -51,6 +52,7 @@ class Case:
     calibrate: tuple[str, ...] | None = None
     calibrated_loads: tuple[dict[str, Any], ...] = ()
     reorder: tuple[str, ...] | None = None
+    export: tuple[str, ...] | None = None
     quick: bool = True
 
 
@@ -77,6 +79,7 @@ TRAINED = (
     {"predictor": "low-rank", "cache_share": 0.3, "lookahead": False},
 )
 REORDER = ("--tokens", "1024")
+EXPORT = ("--profile", "dense,paged", "--context", "128", "--rounding", "nearest", "--no-verify")
 
 CASES = (
     Case(
@@ -86,6 +89,7 @@ CASES = (
         calibrate=LOW_RANK,
         calibrated_loads=TRAINED,
         reorder=REORDER,
+        export=(*EXPORT, "--quant", "int8"),
     ),
     Case(
         "opt-austen",
@@ -94,6 +98,7 @@ CASES = (
         calibrate=LOW_RANK,
         calibrated_loads=TRAINED,
         reorder=REORDER,
+        export=(*EXPORT, "--quant", "int4"),
     ),
     Case(
         "llama",
