@@ -118,7 +118,7 @@ CASES = (
         loads=(STREAMED, *CACHED),
     ),
     Case("qwen3-q4-layer-rows", _tiny("qwen3", "bfloat16", **WIDE), convert=Q4),
-    Case("smollm2", _smollm2, quick=False),
+    Case("smollm2", _smollm2, ("--dtype", "float32"), quick=False),
     Case("smollm2-float32", _smollm2, ("--dequantize", "--dtype", "float32"), quick=False),
     Case(
         "smollm2-relu",
