@@ -11,13 +11,10 @@ section 3.1, train their predictors on such recordings.)
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.common.files import FULL, atomic_write, is_temporary, replacing
-from mlx_flash.common.sizes import show
-from mlx_flash.errors import CalibrationError, FlashError
+from mlx_flash.common.files import atomic_write, replacing
+from mlx_flash.common.work_directory import WorkDirectory
+from mlx_flash.errors import CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.activations import Activation
 from mlx_flash.models.dtypes import BIT_VIEWS
@@ -36,7 +33,6 @@ from .probes import Seen
 
 MARKER = "calibration.key"
 STATE = "recorded.json"
-MARGIN_BYTES = 64 << 20
 SQUARES = "up_squares"  # what is recorded of up's output: only the sum of its squares
 # Part of the text -> what is recorded there: "x", "active", "h", "gate" or ``SQUARES``.
 Records = Mapping[str, Sequence[str]]
@@ -48,72 +44,26 @@ def path_for(directory: ModelDirectory) -> Path:
     return path.with_name(path.name + ".calibrating")
 
 
-@contextmanager
-def working_directory(path: Path, key: str) -> Iterator[Path]:
-    """``path``, made or taken over for this process alone; it stays when an error leaves it.
+def _work(path: Path) -> WorkDirectory:
+    note = "; calibration keeps its state there"
+    return WorkDirectory(path, MARKER, "calibration", CalibrationError, note)
+
+
+def working_directory(path: Path, key: str) -> AbstractContextManager[Path]:
+    """``path`` for this process alone, with what an interrupted run left.
 
     Args:
         path: from ``path_for``.
         key: of this calibration; what one with other settings left is removed.
+
+    Raises CalibrationError, see ``WorkDirectory.claim``.
     """
-    try:
-        if path.is_symlink() or (path.exists() and not _is_ours(path)):
-            raise CalibrationError(f"{path} is in the way and not made by mlx_flash; move it")
-        path.mkdir(exist_ok=True)
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        if isinstance(error, FlashError):
-            raise
-        raise CalibrationError(
-            f"cannot write {path}: {error.strerror}; calibration keeps its state there"
-        ) from error
-    try:
-        _take_lock(lock, path)
-    except BaseException:
-        os.close(lock)
-        raise  # what is there is another process's
-    try:
-        if not (path / MARKER).is_file() or (path / MARKER).read_text(errors="replace") != key:
-            _empty(path)
-            atomic_write(path / MARKER, key)
-        yield path
-    except OSError as error:
-        if isinstance(error, FlashError) or error.errno is None:
-            raise
-        room = "make room and " if error.errno in FULL else ""
-        raise CalibrationError(
-            f"writing {error.filename or path} failed: {error.strerror}; "
-            f"{room}run the same command again, it goes on where it stopped"
-        ) from error
-    finally:
-        if path.is_dir() and [file.name for file in path.iterdir()] == [MARKER]:
-            remove(path)  # nothing was done yet
-        os.close(lock)
+    return _work(path).claim(key)
 
 
 def remove(path: Path) -> None:
-    """Remove a working directory, its marker last."""
-    _empty(path)
-    (path / MARKER).unlink(missing_ok=True)
-    path.rmdir()
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_dir() and ((path / MARKER).is_file() or all(map(is_temporary, path.iterdir())))
-
-
-def _empty(path: Path) -> None:
-    for file in path.iterdir():
-        if file.name != MARKER:
-            file.unlink()
-
-
-def _take_lock(lock: int, path: Path) -> None:
-    with contextlib.suppress(OSError):  # a file system without locks: go on without
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CalibrationError(f"another calibration is writing {path}; wait for it") from None
+    """Remove a working directory when all is done."""
+    _work(path).remove()
 
 
 def disk_bytes(directory: ModelDirectory, records: Records, tokens: dict[str, int]) -> int:
@@ -135,13 +85,7 @@ def disk_bytes(directory: ModelDirectory, records: Records, tokens: dict[str, in
 
 def check_disk(path: Path, needed: int) -> None:
     """Raise CalibrationError unless there is room for what is not written yet of ``needed``."""
-    there = sum(f.stat().st_blocks * 512 for f in path.iterdir()) if path.is_dir() else 0
-    free = shutil.disk_usage(path.parent).free
-    if (needed := needed + MARGIN_BYTES - there) > free:
-        raise CalibrationError(
-            f"not enough disk for {path}: {show(needed)} needed, {show(free)} free; "
-            "make room or calibrate on fewer --tokens"
-        )
+    _work(path).check_disk(needed, "calibrate on fewer --tokens")
 
 
 class Recorder:
@@ -228,7 +172,7 @@ class Recorder:
         except (OSError, ValueError, KeyError):
             files = {}
         if not self.done:
-            _empty(self.path)
+            _work(self.path).empty()
         for file in self.path.glob("layer-*.bits"):
             if file in files:
                 os.truncate(file, files[file])
@@ -244,7 +188,7 @@ def file_name(layer: int, part: str | None, what: str) -> str:
 def _raw(seen: Seen, what: str) -> np.ndarray:
     if what == "active":
         active = np.array(seen.h != 0).reshape(-1, seen.h.shape[-1])
-        return np.packbits(active, axis=-1)
+        return np.ascontiguousarray(np.packbits(active, axis=-1))
     array = getattr(seen, what)
     bits = mx.contiguous(array).view(BIT_VIEWS[array.dtype.size])
     return np.ascontiguousarray(np.array(bits))

@@ -10,15 +10,12 @@ Knows: what may be replaced, locks, disk space, renames. Does not know: what is 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from mlx_flash.common.files import FULL, atomic_write, is_temporary, sync
-from mlx_flash.common.sizes import show
+from mlx_flash.common.files import is_temporary, sync
+from mlx_flash.common.work_directory import WorkDirectory, existing
 from mlx_flash.errors import ConvertError, FlashError
 
 from .config import ROW_FILE, read_config
@@ -33,7 +30,6 @@ CALIBRATION = (
     "calibration.png",
 )
 MARKER = "convert.key"  # in OUT.partial: which conversion it belongs to
-MARGIN_BYTES = 64 << 20  # tokenizer files, file system overhead
 
 
 def check_target(out: Path, force: bool, source: str | Path) -> None:
@@ -44,7 +40,7 @@ def check_target(out: Path, force: bool, source: str | Path) -> None:
         if out.exists() or out.is_symlink():
             _drop_marker(out)
             _check_replaceable(out, force, Path(source))
-        above = _existing(out.parent)
+        above = existing(out.parent)
         if not above.is_dir():
             raise ConvertError(f"cannot write {out}: {above} is no directory")
         if not os.access(above, os.W_OK | os.X_OK):
@@ -57,11 +53,6 @@ def _drop_marker(out: Path) -> None:
     """What a kill between the last rename and the end leaves."""
     if not out.is_symlink() and (out / MARKER).is_file() and _is_ours(out):
         (out / MARKER).unlink(missing_ok=True)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest of ``path`` and those above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists() or p == p.parent)
 
 
 def _check_replaceable(out: Path, force: bool, source: Path) -> None:
@@ -130,78 +121,26 @@ def check_in_place(path: Path) -> None:
 
 def check_disk(out: Path, total: int, instead: str = "another --mlx-path") -> None:
     """Raise ConvertError unless the disk has room for what is still to be written of ``total``."""
-    partial = _partial(out)
-    there = 0
-    if partial.is_dir():
-        there = sum(f.stat().st_blocks * 512 for f in partial.iterdir() if f.is_file())
-    free = shutil.disk_usage(_existing(partial)).free
-    if (needed := total + MARGIN_BYTES - there) > free:
-        raise ConvertError(
-            f"not enough disk for {out}: {show(needed)} needed, {show(free)} free; "
-            f"make room or choose {instead}"
-        )
+    _work(out).check_disk(total, f"choose {instead}", out)
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+def _work(out: Path) -> WorkDirectory:
+    partial = out.with_name(out.name + ".partial")
+    return WorkDirectory(partial, MARKER, "conversion", ConvertError)
 
 
 def _replaced(out: Path) -> Path:
     return out.with_name(out.name + ".replaced")
 
 
-@contextmanager
-def working_directory(out: Path, key: str) -> Iterator[Path]:
-    """``OUT.partial``, made or taken over for this process alone.
+def working_directory(out: Path, key: str) -> AbstractContextManager[Path]:
+    """``OUT.partial``, made or taken over for this process alone; see ``WorkDirectory.claim``.
 
     Args:
         out: what it will become, by ``replace``.
         key: of the conversion; what another one left is removed.
     """
-    partial = _partial(out)
-    try:
-        if not _is_unfinished(partial):
-            raise ConvertError(f"{partial} is in the way and not made by mlx_flash; move it")
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ConvertError(f"cannot write {partial}: {error.strerror}") from error
-    try:
-        _take_lock(lock, partial)
-        try:
-            put_back(out)
-            _claim(partial, key)
-            yield partial
-        finally:
-            _remove_if_nothing_done(partial, lock)
-    except OSError as error:
-        if isinstance(error, FlashError) or error.errno is None:
-            raise
-        room = "make room and " if error.errno in FULL else ""
-        raise ConvertError(
-            f"writing {error.filename or partial} failed: {error.strerror}; "
-            f"{room}run the same command again, it goes on where it stopped"
-        ) from error
-    finally:
-        os.close(lock)
-
-
-def _is_unfinished(partial: Path) -> bool:
-    """Whether it is nothing yet, an empty directory, or one with a marker."""
-    if partial.is_symlink() or not partial.is_dir():
-        return not (partial.is_symlink() or partial.exists())
-    return (partial / MARKER).is_file() or all(map(is_temporary, partial.iterdir()))
-
-
-def _take_lock(lock: int, partial: Path) -> None:
-    """Lock the directory itself: it stays the same when it is renamed."""
-    with contextlib.suppress(OSError):  # a file system without locks: go on without
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConvertError(f"another conversion is writing {partial}; wait for it") from None
-    if not partial.is_dir() or not os.path.samestat(os.fstat(lock), partial.stat()):
-        raise ConvertError(f"another conversion has just finished {partial}; look at its result")
+    return _work(out).claim(key, before=lambda: put_back(out))
 
 
 def put_back(out: Path) -> None:
@@ -212,27 +151,6 @@ def put_back(out: Path) -> None:
     with contextlib.suppress(FlashError):
         ModelDirectory(old)
         old.rename(out)
-
-
-def _claim(partial: Path, key: str) -> None:
-    """Leave only what this conversion wrote, and mark the directory as its own."""
-    marker = partial / MARKER
-    if not marker.is_file() or marker.read_text(errors="replace") != key:
-        for file in partial.iterdir():
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            elif file != marker:
-                file.unlink()
-        atomic_write(marker, key)
-
-
-def _remove_if_nothing_done(partial: Path, lock: int) -> None:
-    with contextlib.suppress(OSError):
-        if not os.path.samestat(os.fstat(lock), partial.stat()):
-            return  # another process's by now
-        if [file.name for file in partial.iterdir()] == [MARKER]:
-            (partial / MARKER).unlink()
-        partial.rmdir()  # fails, as it should, where there is something in it
 
 
 def replace(partial: Path, out: Path) -> None:

@@ -35,7 +35,7 @@ from mlx_flash.models.quantized_rows import without
 from mlx_flash.paging.policies import LFU
 from mlx_flash.paging.simulate import misses
 from mlx_flash.paging.slots.slot_memory import SlotMemory
-from mlx_flash.predictors import predictor_file
+from mlx_flash.predictors import predictor_file, registry
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.read_requests import gap_bytes
 from mlx_flash.storage.reader import REQUEST_BYTES, RowReader
@@ -362,9 +362,10 @@ def _write_predictors(
         predictor_file.verify(path)
         found = predictor_file.read(path, directory.rows.fingerprint, rows, directory.d_model)
         found.rows_fingerprint = fingerprint
+        shapes = registry.trained()[found.kind].tensors
         for layer, order in zip(found.layers, orders, strict=True):
             layer.tensors = {
-                name: tensor if name == "first" else mx.take(tensor, mx.array(order), axis=0)
+                name: moved_tensor(tensor, shapes[name], order)
                 for name, tensor in layer.tensors.items()
             }
         predictor_file.write(partial / predictor_file.NAME, found)
@@ -377,6 +378,13 @@ def _write_predictors(
             atomic_write(partial / name, json.dumps(report, indent=2) + "\n")
         else:
             shutil.copyfile(source, partial / name)
+
+
+def moved_tensor(tensor: mx.array, shape: tuple[str, ...], order: np.ndarray) -> mx.array:
+    """A tensor with what it has for each row in another order, see ``registry.Training``."""
+    if "rows" not in shape:
+        return tensor
+    return mx.take(tensor, mx.array(order), axis=shape.index("rows"))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import weakref
@@ -311,7 +312,7 @@ def test_weights_that_overflow_are_named(tmp_path, words):
 
 def test_too_little_disk_is_said_before(opt, monkeypatch):
     usage = type("Usage", (), {"free": 1 << 20})
-    monkeypatch.setattr(recordings.shutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(CalibrationError, match=r"not enough disk .*, 1\.0 MB free.*--tokens"):
         calibrate(opt, **QUICK)
 

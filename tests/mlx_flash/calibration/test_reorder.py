@@ -25,7 +25,6 @@ from mlx_flash.errors import (
     ModelError,
     PredictorError,
 )
-from mlx_flash.model_directory import writing
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
@@ -365,7 +364,7 @@ def test_interrupted(copy, opt, monkeypatch, moment):
 def test_full_disk(copy, monkeypatch):
     before = content(copy)
     usage = shutil.disk_usage(copy)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(ConvertError, match=r"not enough disk for .*another --out"):
         reorder.reorder(copy, tokens=TOKENS)
     assert content(copy) == before

@@ -18,11 +18,11 @@ from mlx_lm import utils
 from support.tiny import make_checkpoint
 
 from mlx_flash import cli, load
+from mlx_flash.common import work_directory
 from mlx_flash.conversion import convert as convert_module
 from mlx_flash.conversion import row_plan
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import ConvertError, DamagedError, ModelError
-from mlx_flash.model_directory import writing
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.storage.row_writer import RowFileWriter
 
@@ -515,7 +515,7 @@ def test_file_system_without_locks(source, tmp_path, monkeypatch):
     def flock(_fd, _how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(writing.fcntl, "flock", flock)
+    monkeypatch.setattr(work_directory.fcntl, "flock", flock)
     assert ModelDirectory(convert(source, tmp_path / "out"))
 
 
@@ -756,7 +756,7 @@ def test_name_is_missing(source, tmp_path, capsys):
 
 def test_disk_too_small(source, tmp_path, capsys, monkeypatch):
     whole = convert(source, tmp_path / "whole")
-    need = sum(f.stat().st_size for f in whole.glob("*.safetensors")) + writing.MARGIN_BYTES
+    need = sum(f.stat().st_size for f in whole.glob("*.safetensors")) + work_directory.MARGIN_BYTES
     usage = shutil._ntuple_diskusage if hasattr(shutil, "_ntuple_diskusage") else None
     free = 54_321_000
 
@@ -775,7 +775,7 @@ def test_disk_too_small(source, tmp_path, capsys, monkeypatch):
 
 def test_what_is_there_needs_no_room_again(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    need = 4 * 160 * 512 + writing.MARGIN_BYTES
+    need = 4 * 160 * 512 + work_directory.MARGIN_BYTES
     break_off(source, tmp_path / "out", after=40)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=need - 100_000))
     with pytest.raises(ConvertError, match="not enough disk"):
