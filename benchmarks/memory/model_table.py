@@ -23,14 +23,9 @@ from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.predictors.selection import select
-from mlx_flash.runtime.memory_plan import (
-    MemoryRequirements,
-    PagingRequirements,
-    Plan,
-    make_plan,
-    make_sparse_plan,
-)
-from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.memory_plan import Plan, least_budget, plan_for
+from mlx_flash.runtime.memory_requirements import MemoryRequirements, memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 from .placeholder import make
@@ -67,16 +62,13 @@ class Model:
         self, directory: ModelDirectory, context: int, process: int, active: float | None = None
     ) -> None:
         self.directory, self.active = directory, active
+        self.options = PagingOptions(context=context)
         reader = RowReader(directory.rows)
         try:
-            found = memory_requirements(directory, reader, context)
+            found = memory_requirements(directory, reader, self.options, select(directory))
         finally:
             reader.close()
         self.needs: MemoryRequirements = dataclasses.replace(found, process=process)
-        selection = select(directory)
-        self.paging: PagingRequirements | None = None
-        if selection or directory.mixture:
-            self.paging = paging_requirements(directory, selection)
 
     @property
     def weights(self) -> int:
@@ -86,35 +78,22 @@ class Model:
     @property
     def least(self) -> int:
         """The smallest budget that works, bytes."""
-        if self.paging is None:
-            return self.needs.least
-        paged = self.paging.least(self.needs)
-        return paged if self.directory.mixture else min(paged, self.needs.least)
+        return least_budget(self.needs, self.options)
 
     def choice(self, ram: int) -> Choice:
         """What ``ram`` bytes make of it."""
         try:
-            plan = self._plan(ram)
+            plan = plan_for(self.needs, self.options.replace(ram=ram), ram)
         except BudgetError:
             return Choice(None, 0.0)
         return Choice(plan, self._read(plan))
-
-    def _plan(self, ram: int) -> Plan:
-        if self.paging is None:
-            return make_plan(ram, self.needs, ram)
-        try:
-            return make_sparse_plan(ram, self.needs, self.paging, ram)
-        except BudgetError:
-            if self.directory.mixture:
-                raise
-            return make_plan(ram, self.needs, ram)
 
     def _read(self, plan: Plan) -> float:
         read = float(sum(self.needs.layers[i] for i in plan.streamed))
         for layer, slots in plan.slots.items():
             rows = self.directory.rows.layers[layer].rows
             asked = self._asked(rows)
-            read += asked * (1 - slots / rows) * self.paging.slots[layer]
+            read += asked * (1 - slots / rows) * self.needs.paging.slots[layer]
         return read
 
     def _asked(self, rows: int) -> float:

@@ -23,10 +23,9 @@ from mlx_flash.paging.expert_switch import FlashSwitch
 from mlx_flash.paging.policies import Policy
 from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.paging.slots.slot_table import SlotTable
-from mlx_flash.runtime import load
 from mlx_flash.runtime.load import load_model
 from mlx_flash.runtime.options import PagingOptions
-from mlx_flash.runtime.paged_model import FlashStats
+from mlx_flash.runtime.paged_model import LOOKAHEAD, FlashStats
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.scatter_list import PreparedRead
 
@@ -95,7 +94,7 @@ class Bench:
         if least < 2 * TOP_K:
             raise RuntimeError(f"only {least} slots a layer: few layers need a larger --share")
         self.prefetchers = [switch.prefetcher for switch in switches(model)]
-        self.prefetch(model, load.LOOKAHEAD["expert"])
+        self.prefetch(model, LOOKAHEAD["expert"])
         slots = [cache.slots.table.capacity for cache in flash.caches.values()]
         print(
             f"  budget {ram / 1e9:.2f} GB of {self.nbytes / 1e9:.2f}: {min(slots)} to {max(slots)} "

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_flash.paging.layer_stream import LayerStream
 from mlx_flash.paging.row_weights import bind_arrays
-from mlx_flash.runtime import load
+from mlx_flash.runtime.paged_model import LOOKAHEAD
 
 from .bench import Bench, Seen, switches
 
@@ -112,7 +112,7 @@ def lookahead(bench: Bench) -> dict:
                 runs[ahead].append(bench.decode(chunk))
                 bench.settle()
     finally:
-        bench.prefetch(bench.model, load.LOOKAHEAD["expert"])
+        bench.prefetch(bench.model, LOOKAHEAD["expert"])
     found: dict = {}
     for ahead, seen in runs.items():
         total = {

@@ -208,7 +208,7 @@ def drift(options: argparse.Namespace) -> Iterator[tuple[str, object]]:
     directory, tokens = llama("llama-small", SMALL)
     vocab = directory.config["vocab_size"]
     random = np.random.default_rng(0).integers(600, vocab, DRIFT_TOKENS).tolist()
-    info = describe(directory, KV + 64)
+    info = describe(directory, PagingOptions(context=KV + 64))
     ram = info["least_bytes"] + (info["dense_bytes"] - info["least_bytes"]) // 3
     run = Run(directory, [*tokens, *random], ram=ram, context=KV + 64, predictor="low-rank")
     if not run.model.flash.plan.slots:

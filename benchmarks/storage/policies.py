@@ -37,7 +37,7 @@ from mlx_flash.models import families
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.paging.simulate import miss_counts
 from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_plan import PagingRequirements
+from mlx_flash.runtime.memory_requirements import PagingRequirements
 from mlx_flash.runtime.options import PagingOptions
 
 FIXTURES = ("opt-austen", "llama-relu-austen")

@@ -17,8 +17,8 @@ from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import show
 from mlx_flash.errors import BudgetError, CalibrationError
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.runtime.cache_limit import MLX_CACHE
 from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_requirements import MLX_CACHE
 from mlx_flash.runtime.options import PagingOptions
 
 from . import text as text_module

@@ -260,7 +260,7 @@ def _flash_figures(flash: Any, before: Any, seconds: float) -> dict[str, Any]:
         "kept_layers": len(flash.plan.kept),
         "streamed_layers": len(flash.plan.streamed),
         "rows": [layer.rows for layer in flash.directory.rows.layers],
-        "planned_bytes": flash.plan.table,
+        "planned_bytes": flash.plan.to_json(),
     }
 
 

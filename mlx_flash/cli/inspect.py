@@ -17,8 +17,9 @@ def run_inspect(args: argparse.Namespace) -> int:
         raise UsageError(f"--context is at least 1, got {args.context}")
     directory = ModelDirectory(args.model)
     from mlx_flash.performance.inspection import describe, report
+    from mlx_flash.runtime.options import PagingOptions
 
-    info = describe(directory, args.context)
+    info = describe(directory, PagingOptions(context=args.context))
     print(json.dumps(info, indent=2) if args.json else report(info))
     return 0
 

@@ -110,6 +110,13 @@ class ModelDirectory:
         return self.mixture.projections[-1] if self.mixture else self.ffn.down
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that the model was made for; None where its config does not say."""
+        configs = [self.config, self.config.get("text_config")]
+        found = [c.get("max_position_embeddings") for c in configs if isinstance(c, dict)]
+        return next((n for n in found if isinstance(n, int) and n > 0), None)
+
+    @property
     def shards(self) -> list[Path]:
         """Files of the resident weights."""
         return sorted(self.path.glob("model*.safetensors"))

@@ -12,13 +12,11 @@ from typing import Any
 from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import parse_ram, with_margin
 from mlx_flash.errors import BudgetError
-from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging.policies import DEFAULT_POLICY
-from mlx_flash.predictors.selection import select
-from mlx_flash.runtime.load import choose_sparse, load_tokenizer
-from mlx_flash.runtime.memory_plan import Plan, make_plan
-from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.load import choose_predictors, load_tokenizer
+from mlx_flash.runtime.memory_plan import Plan, least_budget, plan_for
+from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.runtime.pagers.back_end import check_back_end
 from mlx_flash.storage.reader import RowReader
@@ -63,22 +61,17 @@ class BudgetForecast:
         options: PagingOptions | None = None,
     ) -> None:
         options = options or PagingOptions()
-        predictor = options.predictor
         check_back_end(directory)
-        self.directory = directory
+        self.directory, self.options = directory, options
         self.tokenizer = load_tokenizer(directory)  # a part of what a process takes
-        self.selection = select(directory, predictor)
-        pages = bool(self.selection or directory.mixture)
+        self.selection = choose_predictors(directory, options)
         reader = RowReader(directory.rows)
         try:
-            self.needs = memory_requirements(directory, reader, options.context)
+            self.needs = memory_requirements(directory, reader, options, self.selection)
             self.direct = reader.direct
         finally:
             reader.close()
-        self.curves = expert_demand_file.curves_of(directory) if predictor != "none" else None
-        sparse = paging_requirements(directory, self.selection, self.curves) if pages else None
-        self._explicit = predictor != "auto" or self.selection is None
-        self.model = Model(directory, self.needs, sparse, self.selection, options, self.tokenizer)
+        self.model = Model(directory, self.needs, self.selection, options, self.tokenizer)
         layers = directory.rows.layers
         self.layers = Layers(
             tuple(layer.rows for layer in layers),
@@ -90,13 +83,7 @@ class BudgetForecast:
     @property
     def least(self) -> int:
         """The smallest budget that works."""
-        needs, sparse = self.needs, self.model.sparse
-        if sparse is None:
-            return with_margin(needs.least)
-        paged = sparse.least(needs)
-        if self._explicit:  # and mixtures, whose experts are not streamed a layer at a time
-            return with_margin(min(needs.dense, paged))
-        return with_margin(min(needs.least, paged))
+        return with_margin(least_budget(self.needs, self.options))
 
     @property
     def most(self) -> int:
@@ -105,11 +92,8 @@ class BudgetForecast:
 
     def plan(self, ram: int) -> Plan:
         """The plan that ``load`` makes of a budget; raises BudgetError."""
-        if self.model.sparse is None:
-            return make_plan(ram, self.needs, current_platform().machine_bytes())
-        return choose_sparse(
-            ram, self.needs, self.directory, self.selection, self._explicit, None, self.curves
-        )
+        machine = current_platform().machine_bytes()
+        return plan_for(self.needs, self.options.replace(ram=ram), machine)
 
     def measure(self, ram: int, again: bool = False, progress: Progress | None = None) -> None:
         """Measure disk and model within ``ram``, what is not known yet or all of it ``again``."""
@@ -146,17 +130,20 @@ class BudgetForecast:
         return view
 
     @property
+    def _curves(self) -> tuple[tuple[float, ...], ...] | None:
+        return self.needs.paging.curves if self.needs.paging else None
+
+    @property
     def uses_curves(self) -> bool:
         """Whether misses are taken from what calibration measured, not from the rehearsal."""
-        return self.curves is not None and self.model.options.policy == DEFAULT_POLICY
+        return self._curves is not None and self.options.policy == DEFAULT_POLICY
 
     def _forecast(self, plan: Plan, warm: int | None, count: int | None) -> Forecast:
-        model = self.model
         how = {} if count is None else {"count": count}
-        curves = self.curves if self.uses_curves and warm is None else None
+        curves = self._curves if self.uses_curves and warm is None else None
         if self.disk is None:
             raise ValueError("nothing was measured")
         return forecast(
-            plan, self.layers, self.disk, self.rehearsal, model.options.policy,
+            plan, self.layers, self.disk, self.rehearsal, self.options.policy,
             warm=warm, curves=curves, **how,
         )  # fmt: skip

@@ -5,46 +5,45 @@ Knows: how to count and to show. Does not know: how fast anything is.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import show, with_margin
-from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.config import read_config
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.models.quantized_rows import scheme_from
-from mlx_flash.predictors.selection import Selection, select
-from mlx_flash.runtime.load import load_tokenizer
-from mlx_flash.runtime.memory_plan import make_plan, make_sparse_plan
-from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.predictors.selection import Selection
+from mlx_flash.runtime.load import choose_predictors, load_tokenizer
+from mlx_flash.runtime.memory_plan import least_budget, plan_for
+from mlx_flash.runtime.memory_requirements import MemoryRequirements, memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 STEPS = 5  # budgets shown, from the least to what the dense model takes
 
 
-def describe(directory: ModelDirectory, context: int | None = None) -> dict[str, Any]:
-    """Figures of a model directory as a JSON-ready dict; sizes in bytes."""
+def describe(directory: ModelDirectory, options: PagingOptions | None = None) -> dict[str, Any]:
+    """Figures of a model directory as a JSON-ready dict; sizes in bytes.
+
+    Args:
+        options: how budgets would be planned; their own budget does not count.
+    """
+    options = options or PagingOptions()
     rows = directory.rows
     tokenizer = load_tokenizer(directory)  # a part of what a process takes
+    selection = choose_predictors(directory, options)
     reader = RowReader(rows)
     try:
-        needs = memory_requirements(directory, reader, context)
+        needs = memory_requirements(directory, reader, options, selection)
     finally:
         reader.close()
     del tokenizer
     count = sum(layer.rows for layer in rows.layers)
-    selection = select(directory)
-    pages = selection or directory.mixture
     demand = expert_demand_file.read_for(directory)
-    curves = demand.curves if demand and demand.used else None
-    sparse = paging_requirements(directory, selection, curves) if pages else None
-    least = needs.least
-    if sparse and directory.mixture:  # experts are not streamed a layer at a time
-        least = min(needs.dense, sparse.least(needs))
+    least, dense = with_margin(least_budget(needs, options)), with_margin(needs.dense)
     return {
         "path": str(directory.path),
         "model_type": directory.config["model_type"],
@@ -65,14 +64,11 @@ def describe(directory: ModelDirectory, context: int | None = None) -> dict[str,
         "context": needs.context,
         "direct_reads": reader.direct,
         "least_bytes": least,
-        "dense_bytes": needs.dense,
+        "dense_bytes": dense,
         "row_order": _row_order(directory),
         "predictor": _predictor(selection),
         "expert_demand": demand and {"used": demand.used, "measured": demand.measured},
-        "budgets": [
-            _budget(needs, sparse, ram, bool(directory.mixture))
-            for ram in _budgets(least, needs.dense)
-        ],
+        "budgets": [_budget(needs, options, ram) for ram in _budgets(least, dense)],
     }
 
 
@@ -129,21 +125,15 @@ def _predictor(selection: Selection | None) -> dict[str, Any] | None:
 
 
 def _budgets(least: int, dense: int) -> list[int]:
+    """Some from the least to what keeps every row, as far as the machine has so much."""
     top = min(dense, current_platform().machine_bytes())
     if least > top:
         return []
-    return [with_margin(least + (top - least) * i // (STEPS - 1)) for i in range(STEPS)]
+    return [least + (top - least) * i // (STEPS - 1) for i in range(STEPS)]
 
 
-def _budget(needs: Any, sparse: Any, ram: int, mixture: bool) -> dict[str, Any]:
-    machine = max(ram, current_platform().machine_bytes())
-    if mixture:
-        plan = make_sparse_plan(ram, needs, sparse, machine)
-    else:
-        plan = make_plan(ram, needs, machine)
-    if sparse and not mixture:
-        with contextlib.suppress(BudgetError):  # too little for predictors: whole layers, then
-            plan = make_sparse_plan(ram, needs, sparse, machine)
+def _budget(needs: MemoryRequirements, options: PagingOptions, ram: int) -> dict[str, Any]:
+    plan = plan_for(needs, options.replace(ram=ram), current_platform().machine_bytes())
     return {
         "ram_bytes": ram,
         "kept_layers": len(plan.kept),

@@ -36,15 +36,15 @@ from mlx_flash.paging.simulate import miss_counts
 from mlx_flash.paging.sparse_ffn import SparseMLP
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.selection import Selection
-from mlx_flash.runtime.load import LOOKAHEAD, load_model
-from mlx_flash.runtime.memory_plan import (
+from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.memory_plan import Plan, plan_for, way_budgets
+from mlx_flash.runtime.memory_requirements import (
     LEAST_SHARE,
     MemoryRequirements,
-    PagingRequirements,
-    sparse_plan_of,
+    memory_requirements,
 )
-from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.runtime.options import PagingOptions
+from mlx_flash.runtime.paged_model import LOOKAHEAD
 from mlx_flash.storage.reader import RowReader
 
 from . import disk_speed
@@ -68,11 +68,10 @@ Progress = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Model:
-    """What is rehearsed: a directory, its needs, and how rows are chosen and kept."""
+    """What is tried out: a directory, its needs, and how rows are chosen and kept."""
 
     directory: ModelDirectory
     needs: MemoryRequirements
-    sparse: PagingRequirements | None
     selection: Selection | None
     options: PagingOptions
     tokenizer: Any
@@ -93,17 +92,18 @@ def run_trial(
     again: bool = False,
     progress: Progress | None = None,
 ) -> TrialRun:
-    """What is known of a model, and what is not known yet and ``ram`` has room for, tried now.
+    """What is known of a model; what is not, and ``ram`` has room for, is tried now.
 
     Args:
-        again: forget what is known.
+        again: try anew what is known already, too; what ``ram`` has no room for stays as it is.
         progress: told what is being done.
     """
     key = files.digest_of(_facts(model))
-    found = TrialRun() if again else _recall(key)
-    todo = [way for way in _possible(model, ram) if way not in found.ways]
-    if "paged" in found.ways and found.use is None:
-        todo.append("paged")
+    found = _recall(key)
+    known = set() if again else set(found.ways)
+    if found.use is None:
+        known.discard("paged")
+    todo = [way for way in ways_within(model, ram) if way not in known]
     if not todo:
         return found
     trial = _Trial(model, ram, disk, progress or (lambda _: None))
@@ -115,17 +115,9 @@ def run_trial(
     return found
 
 
-def _possible(model: Model, ram: int) -> list[str]:
+def ways_within(model: Model, ram: int) -> list[str]:
     """Ways to run a model that a budget has room for, in the order in which to try them."""
-    needs, sparse = model.needs, model.sparse
-    found = []
-    if not model.directory.mixture and ram >= needs.least:
-        found.append("streamed")
-    if sparse and ram >= sparse.least(needs):
-        found.append("paged")
-    if ram >= needs.dense:
-        found.append("resident")
-    return found
+    return [way for way, least in way_budgets(model.needs).items() if ram >= least]
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "disk": directory.rows.path.stat().st_dev,
         "predictor": model.selection.kind if model.selection else None,
         "trained": trained,
-        "policy": model.options.policy if model.sparse else None,
+        "policy": model.options.policy if model.needs.paging else None,
         "lookahead": LOOKAHEAD,
     }
 
@@ -215,8 +207,6 @@ class _Trial:
 
     @contextmanager
     def _loaded(self, options: PagingOptions) -> Iterator[nn.Module]:
-        limit = mx.set_cache_limit(0)
-        mx.set_cache_limit(limit)
         model = None
         try:
             model = load_model(self.model.directory, options)
@@ -227,23 +217,21 @@ class _Trial:
                 model.flash.close()
             del model
             gc.collect()
-            mx.set_cache_limit(limit)
             mx.clear_cache()
 
     def _share(self) -> float:
         """Share of every layer's rows to cache while paging is tried."""
-        model, sparse = self.model, self.model.sparse
-        if sparse is None:
-            raise ValueError("nothing chooses rows of this model")
+        model, options = self.model, self.model.options.replace(context=self.length + 2)
         reader = RowReader(model.directory.rows)
         try:
-            needs = memory_requirements(model.directory, reader, self.length + 2)
+            needs = memory_requirements(model.directory, reader, options, model.selection)
         finally:
             reader.close()
 
+        machine = current_platform().machine_bytes()
+
         def takes(share: float) -> int:
-            slots = [max(1, round(share * rows)) for rows in sparse.rows]
-            return sparse_plan_of(None, needs, sparse, slots, needs.max_step).total
+            return plan_for(needs, options.replace(cache_share=share), machine).total
 
         low, high = 1 / LEAST_SHARE, TRIED_SHARE[bool(model.directory.mixture)]
         for _ in range(20):
@@ -308,7 +296,7 @@ class _Trial:
 
         return record
 
-    def _tried(self, way: str, runs: list[ForcedRun], plan: Any) -> Timing:
+    def _tried(self, way: str, runs: list[ForcedRun], plan: Plan) -> Timing:
         """Figures of a run; a second one is over the same text, when slots hold more of it."""
         steps = _counted(runs[0])
         tried = {
@@ -331,7 +319,7 @@ class _Trial:
                 tried["per_request"] = min(extra, tried["compute"] / tried["requests"])
         return Timing(**tried)
 
-    def _expected(self, plan: Any, decoded: int, counted: int) -> tuple[float, float]:
+    def _expected(self, plan: Plan, decoded: int, counted: int) -> tuple[float, float]:
         """What the disk's figures make of the rows that the timed tokens lacked: seconds, bytes."""
         use, model = self.use, self.model
         if use is None:

@@ -1,12 +1,11 @@
-"""A model directory to what mlx-lm's own generation takes: (model, tokenizer).
+"""Load a model directory for mlx-lm's own generation: a model and its tokenizer.
 
-The model is the family's class (``architectures``) with the FFN of some layers replaced. Layers
-whose rows are kept are its own modules with weights read from the row file; of the others the rows
-that a predictor names are read, or, without predictors, whole layers are streamed. Nothing in
-mlx_lm is patched.
+The model is an instance of the family's class whose FFNs are replaced where the plan says so.
+Layers whose rows are all kept are mlx-lm's own modules with weights read from the row file.
+Nothing in mlx_lm is patched.
 
-Knows: mlx-lm's loading contract. Does not know: what things cost in memory (``needs``), the command
-line.
+Knows: mlx-lm's loading contract. Does not know: what things cost in memory
+(``memory_requirements``), the command line.
 """
 
 from __future__ import annotations
@@ -22,31 +21,19 @@ from mlx_lm import utils
 from transformers import PreTrainedConfig
 
 from mlx_flash.common.platform import current_platform
-from mlx_flash.common.sizes import parse_ram, show
-from mlx_flash.errors import BudgetError, PredictorError
-from mlx_flash.model_directory import expert_demand_file
+from mlx_flash.common.sizes import parse_ram
+from mlx_flash.errors import PredictorError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import get_classes, in_transformers
-from mlx_flash.paging.policies import DEFAULT_POLICY, make_policy
+from mlx_flash.paging.policies import DEFAULT_POLICY
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
 
-from .memory_plan import (
-    MemoryRequirements,
-    Plan,
-    check_machine,
-    make_plan,
-    make_sparse_plan,
-    sparse_plan_of,
-    split,
-)
-from .memory_requirements import MLX_CACHE, foreign_errors, memory_requirements, paging_requirements
+from .memory_plan import plan_for
+from .memory_requirements import foreign_errors, memory_requirements
 from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
 from .pagers import back_end
-
-# Whether to read ahead by default: see benchmarks/speed/sparse_speed.py, benchmarks/mixture.
-LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
 
 
 def load(
@@ -88,8 +75,9 @@ def load(
             mixtures, what its router would choose; None takes the default: yes for predictors, no
             for mixtures.
 
-    With a budget MLX's own buffer cache is limited, too, for the whole process. The model may be
-    used by several threads in turn, not inside ``mx.grad`` or ``mx.compile``.
+    With a budget MLX's own buffer cache is limited, too, for the whole process, until
+    ``model.flash.close()`` or the model's end. The model may be used by several threads in turn,
+    not inside ``mx.grad`` or ``mx.compile``.
 
     Returns:
         (model, tokenizer). ``model.flash`` has the plan and the counters (not for a dense model).
@@ -127,8 +115,35 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
     """Like ``load``, without the tokenizer; None for the options' defaults."""
     options = options or PagingOptions()
     back_end.check_back_end(directory)
-    if directory.mixture and options.kept_share is not None:
-        raise BudgetError("kept_share is for models without experts; give cache_share")
+    selection = choose_predictors(directory, options)
+    reader = RowReader(directory.rows)
+    flash: PagedModel | None = None
+    try:
+        needs = memory_requirements(directory, reader, options, selection)
+        plan = plan_for(needs, options, current_platform().machine_bytes())
+        flash = PagedModel(directory, plan, reader, options, selection)
+        if options.ram is not None:
+            flash.limit(options.ram, needs.context)
+        classes = functools.partial(_classes, flash=flash)
+        with foreign_errors(directory):
+            model, _ = utils.load_model(directory.path, lazy=True, get_model_classes=classes)
+            flash.start(model)
+    except BaseException:
+        (flash or reader).close()
+        raise
+    if options.use_flash:
+        model.flash = flash
+    else:
+        reader.close()
+    return model
+
+
+def choose_predictors(directory: ModelDirectory, options: PagingOptions) -> Selection | None:
+    """The predictors that the options stand for with this model; None where nothing is predicted.
+
+    Raises:
+        PredictorError: the model cannot be run that way; says how it can.
+    """
     predicts = options.use_flash and options.kept_share is None
     selection = select(directory, options.predictor) if predicts else None
     guesses = directory.mixture or (selection and selection.guesses_ahead)
@@ -138,90 +153,14 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
             f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "
             f"predictor {kind}; leave it out"
         )
-    reader = RowReader(directory.rows)
-    try:
-        needs = memory_requirements(directory, reader, options.context)
-        budget = current_platform().machine_bytes() * 3 // 4 if options.ram is None else options.ram
-        if predicts and (selection or directory.mixture):
-            explicit = options.predictor != "auto" or selection is None
-            given = options.predictor != "none"
-            curves = expert_demand_file.curves_of(directory) if given else None
-            share = options.cache_share
-            plan = choose_sparse(budget, needs, directory, selection, explicit, share, curves)
-        else:
-            plan = _choose(budget, needs, options)
-        policies = functools.partial(make_policy, options.policy)
-        lookahead = options.lookahead
-        if lookahead is None:
-            lookahead = LOOKAHEAD[directory.unit]
-        flash = PagedModel(directory, plan, reader, selection, policies, lookahead)
-        if options.ram is not None:
-            mx.set_cache_limit(MLX_CACHE)
-            flash.max_tokens = needs.context
-        classes = functools.partial(_classes, flash=flash, paged=options.use_flash)
-        with foreign_errors(directory):
-            model, _ = utils.load_model(directory.path, lazy=True, get_model_classes=classes)
-            flash.start(model)
-        if options.use_flash:
-            model.flash = flash
-    except BaseException:
-        reader.close()
-        raise
-    if not options.use_flash:
-        reader.close()
-    return model
+    return selection
 
 
-def _choose(budget: int, needs: MemoryRequirements, options: PagingOptions) -> Plan:
-    count = len(needs.layers)
-    check_machine(budget, current_platform().machine_bytes())
-    if options.kept_share is not None or not options.use_flash:
-        share = 1.0 if not options.use_flash else options.kept_share
-        streamed = count - round(share * count)
-        kept, chosen = split(count, streamed)
-        if options.ram is not None and not options.use_flash and needs.dense > budget:
-            raise BudgetError(
-                f"the dense model needs {show(needs.dense)}, the RAM budget is {show(budget)}; "
-                "run it without --dense, or with a larger budget"
-            )
-        lookup = bool(chosen)
-        table = needs.table(needs.max_step, kept, lookup)
-        return Plan(budget, kept, chosen, needs.max_step, table, lookup=lookup)
-    return make_plan(budget, needs, current_platform().machine_bytes())
-
-
-def choose_sparse(
-    budget: int,
-    needs: MemoryRequirements,
-    directory: ModelDirectory,
-    selection: Selection | None,
-    explicit: bool,
-    cache_share: float | None = None,
-    curves: tuple[tuple[float, ...], ...] | None = None,
-) -> Plan:
-    """The plan for a model whose rows are predicted, or are experts.
-
-    Args:
-        explicit: the predictor was asked for by name; else layers are streamed whole where it does
-            not fit.
-        curves: of a mixture's layers, see ``expert_file``.
-    """
-    sparse = paging_requirements(directory, selection, curves)
-    if cache_share is not None:
-        capacities = [max(1, round(cache_share * rows)) for rows in sparse.rows]
-        return sparse_plan_of(None, needs, sparse, capacities, needs.max_step)
-    try:
-        return make_sparse_plan(budget, needs, sparse, current_platform().machine_bytes())
-    except BudgetError:
-        if explicit:
-            raise
-        return make_plan(budget, needs, current_platform().machine_bytes())
-
-
-def _classes(config: dict[str, Any], flash: PagedModel, paged: bool) -> tuple[type, type]:
+def _classes(config: dict[str, Any], flash: PagedModel) -> tuple[type, type]:
     """mlx-lm's classes for a config, the model's with paged FFNs."""
     base, args_class = get_classes(config)
     names = list(inspect.signature(base.__call__).parameters)[2:]
+    free = not flash.options.use_flash and flash.options.ram is None
 
     class FlashModel(base):
         def __init__(self, args: Any) -> None:
@@ -234,7 +173,7 @@ def _classes(config: dict[str, Any], flash: PagedModel, paged: bool) -> tuple[ty
         @functools.wraps(base.__call__)
         def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
             kwargs |= dict(zip(names, args, strict=False))
-            if not paged:
+            if free:
                 return super().__call__(inputs, **kwargs)
             cache = kwargs.pop("cache", None)
             return flash.call(super().__call__, inputs, cache, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,29 +18,34 @@ from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
 from mlx_flash.paging.counters import Counters
 from mlx_flash.paging.layer_stream import LayerStream
-from mlx_flash.paging.policies import Policy
+from mlx_flash.paging.policies import make_policy
 from mlx_flash.paging.row_stream import RowStream
 from mlx_flash.paging.slots.row_cache import RowCache
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import ReadStats, RowReader
 
-from .memory_plan import (
-    Plan,
-)
+from .cache_limit import limit_cache
+from .memory_plan import Plan
 from .memory_requirements import tokens_in
+from .options import PagingOptions
 from .pagers.choose import make_pager
+
+# Whether to read ahead by default: see benchmarks/speed/sparse_speed.py, benchmarks/mixture.
+LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
 
 
 @dataclasses.dataclass
 class FlashStats(ReadStats):
     """The reader's counters and the model's since loading; subtract two of them for a span.
 
-    ``hits`` and ``misses`` count rows found in memory and rows that had to be read;
-    ``wait_seconds`` is the time that the calling thread waited for reading, while experts in slots
-    may have been computed; ``forwards`` counts calls of the model, prompt chunks included;
-    ``foretold`` rows were read on a guess, ``useful`` of them then needed. Of layers whose rows
-    are predicted: ``predicted`` rows, in ``layer_calls`` calls, ``predict_seconds`` for saying
-    which, ``manage_seconds`` for bookkeeping.
+    Args:
+        wait_seconds: that the calling thread waited for reading, while experts in slots may have
+            been computed.
+        hits, misses: rows found in memory, and rows that had to be read.
+        forwards: calls of the model, prompt chunks included.
+        foretold, useful: rows read ahead, and those of them that were then needed.
+        predicted: rows that predictors or routers named, in ``layer_calls`` calls of layers.
+        predict_seconds, manage_seconds: for naming them, and for bookkeeping of slots.
     """
 
     wait_seconds: float = 0.0
@@ -62,23 +68,35 @@ class PagedModel:
         directory: ModelDirectory,
         plan: Plan,
         reader: RowReader,
-        selection: Selection | None,
-        policies: Callable[[int], Policy],
-        lookahead: bool,
+        options: PagingOptions,
+        selection: Selection | None = None,
     ) -> None:
         self.directory = directory
         self.plan = plan
         self.reader = reader
+        self.options = options
         self.selection = selection if plan.slots else None
-        self.lookahead = lookahead
+        self.lookahead = _reads_ahead(directory, options)
         self._counters = Counters()
+        policies = functools.partial(make_policy, options.policy)
         self.pager = make_pager(
-            directory, plan, reader, self._counters, self.selection, policies, lookahead
+            directory, plan, reader, self._counters, self.selection, policies, self.lookahead
         )
         self.max_tokens: int | None = None
+        self._ram = 0
+        self._release: Callable[[], object] = lambda: None
         self._forwards = 0
         self._embedding: flash_embedding.FlashEmbedding | None = None
         self._lock = threading.Lock()
+
+    def limit(self, ram: int, context: int) -> None:
+        """Refuse more than ``context`` tokens, and keep MLX's buffer cache small until ``close``.
+
+        Args:
+            ram: the budget in bytes that this is done for.
+        """
+        self._ram, self.max_tokens = ram, context
+        self._release = limit_cache(self)
 
     @property
     def ffns(self) -> list[tuple[str, nn.Module]]:
@@ -121,6 +139,7 @@ class PagedModel:
         self.reader.close()
         if self._embedding is not None:
             self._embedding.close()
+        self._release()
 
     def weights(
         self,
@@ -191,5 +210,12 @@ class PagedModel:
         if tokens > self.max_tokens:
             raise BudgetError(
                 f"{tokens} tokens are more than the context of {self.max_tokens} that the budget "
-                f"of {show(self.plan.ram or 0)} was planned for; load with a larger context"
+                f"of {show(self._ram)} was planned for; load with a larger context"
             )
+
+
+def _reads_ahead(directory: ModelDirectory, options: PagingOptions) -> bool:
+    """Whether rows are read before the layer's turn; the sliding window leaves no room for them."""
+    if options.lookahead is None:
+        return LOOKAHEAD[directory.unit] and not make_policy(options.policy, 1).is_window
+    return options.lookahead

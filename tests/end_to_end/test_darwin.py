@@ -15,7 +15,9 @@ from mlx_flash import cli, load
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.performance import disk_speed, trial_run
+from mlx_flash.runtime.memory_plan import way_budgets
 from mlx_flash.runtime.memory_requirements import memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -48,12 +50,13 @@ def test_what_was_loaded_before_does_not_count(wide, mac):
     """A budget gives the same plan however often a model was loaded and closed in the process."""
     directory = ModelDirectory(wide)
     reader = RowReader(directory.rows)
-    needs = memory_requirements(directory, reader, 64)
+    needs = memory_requirements(directory, reader, PagingOptions(context=64))
     reader.close()
     assert reader.engine == "threads" and reader.direct
     assert needs.process < MAC_LIBRARIES + 10**6
+    least = way_budgets(needs)["streamed"]
     plans, tokens = [], []
-    for ram in [needs.least + (needs.dense - needs.least) // 2] * 3 + [needs.least]:
+    for ram in [least + (needs.dense - least) // 2] * 3 + [least]:
         model, _ = load(wide, ram=ram, context=64)
         plans.append(model.flash.plan)
         tokens.append(mx.argmax(model(mx.array([[5, 6, 7]]))[0], axis=-1).tolist())

@@ -89,7 +89,7 @@ def test_prompt_in_chunks(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama", "float32")
     directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
     model = load_model(directory, PagingOptions(kept_share=0.0))
-    object.__setattr__(model.flash.plan, "step", 16)
+    model.flash.plan = model.flash.plan.replace(step=16)
     dense, _ = utils.load_model(source)
     prompt = [(7 * i) % 250 + 3 for i in range(75)]
     cache = make_prompt_cache(model)

@@ -1,6 +1,8 @@
-"""Memory requirements of a made-up model."""
+"""Memory requirements of made-up models, and plans for them."""
 
-from mlx_flash.runtime.memory_plan import MemoryRequirements
+from mlx_flash.runtime.memory_plan import Plan, plan_for
+from mlx_flash.runtime.memory_requirements import MemoryRequirements
+from mlx_flash.runtime.options import PagingOptions
 
 MB = 10**6
 NEEDS = MemoryRequirements(
@@ -16,3 +18,8 @@ NEEDS = MemoryRequirements(
     workspace=lambda step: 2 * MB + step * MB // 100,
 )
 MACHINE = 10**12
+
+
+def plan(ram: int | None, needs=NEEDS, machine=MACHINE, **options) -> Plan:
+    """The plan for a budget."""
+    return plan_for(needs, PagingOptions(ram=ram, **options), machine)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, LRU, Belady, make_policy
-from mlx_flash.runtime.memory_plan import PagingRequirements
+from mlx_flash.runtime.memory_requirements import PagingRequirements
 
 from .stack_distance import Trace, depths, misses, within
 

@@ -10,7 +10,7 @@ from mlx_flash.paging.layer_stream import LayerStream
 from mlx_flash.paging.row_weights import first_row, whole_layer
 from mlx_flash.paging.streamed_ffn import FlashLayer
 
-from ..memory_plan import BUFFERS
+from ..memory_requirements import BUFFERS
 from .base import BasePager
 
 

@@ -35,7 +35,8 @@ from mlx_flash.predictors.predictor import Predictor
 from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import RowReader
 
-from ..memory_plan import BUFFERS, Plan
+from ..memory_plan import Plan
+from ..memory_requirements import BUFFERS
 from .base import BasePager, Policies
 
 

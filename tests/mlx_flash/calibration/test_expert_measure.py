@@ -34,8 +34,12 @@ from mlx_flash.models import mixtures
 from mlx_flash.paging.policies import LFU, LRU, Belady, Policy, SlidingWindow
 from mlx_flash.paging.slots.slot_table import SlotTable
 from mlx_flash.runtime.load import load_model, load_tokenizer
-from mlx_flash.runtime.memory_plan import PagingRequirements, sparse_plan_of
-from mlx_flash.runtime.memory_requirements import memory_requirements, paging_requirements
+from mlx_flash.runtime.memory_plan import way_budgets
+from mlx_flash.runtime.memory_requirements import (
+    PagingRequirements,
+    memory_requirements,
+    paging_requirements,
+)
 from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.runtime.slot_allocation import allocate_slots, envelope
 from mlx_flash.storage.reader import RowReader
@@ -255,10 +259,12 @@ def budget_for(path, slots):
     directory = ModelDirectory(path)
     reader = RowReader(directory.rows)
     try:
-        needs = memory_requirements(directory, reader, CONTEXT)
+        needs = memory_requirements(directory, reader, PagingOptions(context=CONTEXT))
     finally:
         reader.close()
-    return sparse_plan_of(None, needs, needs_for(path), slots, needs.min_step).total
+    paging = needs.paging
+    more = paging.bytes_of(slots) - paging.bytes_of(paging.least_slots)
+    return way_budgets(needs)["paged"] + more
 
 
 def loaded(path, slots, predictor):

@@ -23,7 +23,9 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.runtime.load import load
+from mlx_flash.runtime.memory_plan import least_budget
 from mlx_flash.runtime.memory_requirements import memory_requirements
+from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
 PROMPT = "the brown fox and the other"
@@ -119,8 +121,9 @@ def budget(model, tokens, prompt=PROMPT):
     """(least, dense) that the planner asks for, as the command line sees it."""
     directory = ModelDirectory(model)
     context = len(utils.load_tokenizer(model).encode(prompt)) + tokens
-    needs = memory_requirements(directory, RowReader(directory.rows), context)
-    return needs.least, needs.dense
+    options = PagingOptions(context=context)
+    needs = memory_requirements(directory, RowReader(directory.rows), options)
+    return least_budget(needs, options), needs.dense
 
 
 def reference(source, tokens=16, prompt=PROMPT, seed=0, **sampling):

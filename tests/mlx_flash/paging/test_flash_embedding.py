@@ -16,6 +16,7 @@ from mlx_flash.errors import DamagedError, ModelError, ReadError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.paging import flash_embedding
 from mlx_flash.runtime.load import load_model
+from mlx_flash.runtime.memory_plan import plan_for
 from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
@@ -79,12 +80,14 @@ def test_a_packed_one_stays(tmp_path):
 def test_the_budget_counts_it_only_where_it_is_held(tmp_path):
     directory = directory_of(tmp_path)
     reader = RowReader(directory.rows)
-    needs = memory_requirements(directory, reader, 64)
+    needs = memory_requirements(directory, reader, PagingOptions(context=64))
     reader.close()
     assert needs.lookup == flash_embedding.find(directory).nbytes
-    resident = "resident weights"
-    paged, held = needs.table(16, (), lookup=True), needs.table(16, range(4))
-    assert held[resident] - paged[resident] == needs.lookup
+    streamed, held = (
+        plan_for(needs, PagingOptions(kept_share=share), 1 << 40) for share in (0.5, 1.0)
+    )
+    assert streamed.lookup and not held.lookup
+    assert held.bytes_of("resident") - streamed.bytes_of("resident") == needs.lookup
 
 
 def test_tokens_that_are_none(tmp_path):

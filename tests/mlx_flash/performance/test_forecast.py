@@ -147,7 +147,7 @@ def test_what_is_planned_is_what_is_loaded(source, run, tight):
     found = json.loads(out)
     model = load_model(ModelDirectory(source), PagingOptions(ram=tight, context=130))
     try:
-        assert found["planned_bytes"] == model.flash.plan.table
+        assert found["planned_bytes"] == model.flash.plan.to_json()
         assert found["slots"] == {str(i): n for i, n in model.flash.plan.slots.items()}
         assert found["slots"]
     finally:

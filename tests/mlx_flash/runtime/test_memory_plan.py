@@ -4,11 +4,18 @@ import dataclasses
 from itertools import pairwise
 
 import pytest
-from support.budgets import MACHINE, MB, NEEDS
+from support.budgets import MB, NEEDS, plan
 
 from mlx_flash.common.sizes import parse_ram, show
 from mlx_flash.errors import BudgetError
-from mlx_flash.runtime.memory_plan import make_plan, split, spread
+from mlx_flash.runtime.memory_plan import split, spread, way_budgets
+
+
+def streaming_least(needs):
+    return way_budgets(needs)["streamed"]
+
+
+LEAST = streaming_least(NEEDS)
 
 
 @pytest.mark.parametrize(
@@ -43,12 +50,12 @@ def test_show():
 
 def test_plans_never_exceed_the_budget():
     kept = []
-    for ram in range(NEEDS.least, NEEDS.dense + 50 * MB, 3 * MB):
-        plan = make_plan(ram, NEEDS, MACHINE)
-        assert plan.total <= ram
-        assert sorted(plan.kept + plan.streamed) == list(range(10))
-        assert NEEDS.min_step <= plan.step <= NEEDS.max_step
-        kept.append(len(plan.kept))
+    for ram in range(LEAST, NEEDS.dense + 50 * MB, 3 * MB):
+        found = plan(ram, NEEDS)
+        assert found.total <= ram
+        assert sorted(found.kept + found.streamed) == list(range(10))
+        assert NEEDS.min_step <= found.step <= NEEDS.max_step
+        kept.append(len(found.kept))
     assert kept == sorted(kept)
     assert kept[0] == 0
     assert kept[-1] == 10
@@ -56,36 +63,33 @@ def test_plans_never_exceed_the_budget():
 
 def test_two_streamed_layers_are_kept_instead():
     """Two buffers take what two layers take: streaming the last two would buy nothing."""
-    counts = {
-        len(make_plan(ram, NEEDS, MACHINE).streamed)
-        for ram in range(NEEDS.least, NEEDS.dense + MB, MB)
-    }
+    counts = {len(plan(ram, NEEDS).streamed) for ram in range(LEAST, NEEDS.dense + MB, MB)}
     assert counts.isdisjoint({1, 2})
 
 
 def test_least_works_and_less_does_not():
-    assert len(make_plan(NEEDS.least, NEEDS, MACHINE).streamed) == 10
+    assert len(plan(LEAST, NEEDS).streamed) == 10
     with pytest.raises(BudgetError, match=r"least that works is 213 MB") as error:
-        make_plan(NEEDS.least - 1, NEEDS, MACHINE)
+        plan(LEAST - 1, NEEDS)
     for line in ("interpreter", "resident", "KV cache for 4096", "2 streaming buffers", "slack"):
         assert line in str(error.value)
     listed = [float(x.split()[0]) for x in str(error.value).splitlines() if x.startswith("   ")]
-    assert sum(listed) == pytest.approx(NEEDS.least / MB, abs=1)
+    assert sum(listed) == pytest.approx(LEAST / MB, abs=1)
 
 
 def test_small_models_are_kept_whole():
     needs = dataclasses.replace(NEEDS, layers=(20 * MB,) * 2)
-    plan = make_plan(needs.least, needs, MACHINE)
-    assert plan.streamed == ()
+    found = plan(streaming_least(needs), needs)
+    assert found.streamed == ()
     with pytest.raises(BudgetError, match="2 of 2 layers"):
-        make_plan(needs.least - 1, needs, MACHINE)
+        plan(streaming_least(needs) - 1, needs)
 
 
 def test_larger_than_the_machine():
     with pytest.raises(
         BudgetError, match=r"2\.00 GB is larger than the machine's memory, 1\.00 GB"
     ):
-        make_plan(2 * 10**9, NEEDS, 10**9)
+        plan(2 * 10**9, NEEDS, 10**9)
 
 
 def test_streamed_layers_are_spread():
@@ -107,11 +111,11 @@ def test_the_least_works_and_nothing_less(layers, lookup):
     needs = dataclasses.replace(
         NEEDS, layers=layers, buffer=max(layers), resident=50 * MB + lookup, lookup=lookup
     )
-    plan = make_plan(needs.least, needs, MACHINE)
-    assert plan.total <= needs.least
+    found = plan(streaming_least(needs), needs)
+    assert found.total <= streaming_least(needs)
     with pytest.raises(BudgetError, match="the least that works"):
-        make_plan(needs.least - 1, needs, MACHINE)
-    for ram in range(needs.least, needs.dense + 2 * MB, MB):
-        plan = make_plan(ram, needs, MACHINE)
-        assert plan.total <= ram
-        assert plan.lookup == bool(plan.streamed)
+        plan(streaming_least(needs) - 1, needs)
+    for ram in range(streaming_least(needs), needs.dense + 2 * MB, MB):
+        found = plan(ram, needs)
+        assert found.total <= ram
+        assert found.lookup == bool(found.streamed)
