@@ -3,6 +3,12 @@
 import gc
 import os
 
+# One thread each: as many processes as there are cores run tests (and OpenBLAS's threads spin while
+# they wait: a product of small matrices took twenty times the processor). Before numpy is imported.
+for _threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import pytest
 from hypothesis import settings
 from support.platforms import use_darwin
