@@ -60,7 +60,8 @@ def clone(tmp_path, model, monkeypatch):
 
 
 def to_run(page):
-    return [block for block in blocks(page) if block.language in RUN and block.mark[:3] != "not"]
+    found = [block for block in blocks(page) if block.language in RUN]
+    return [block for block in found if block.mark in ("", "long")]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)], ids=name)
@@ -83,6 +84,12 @@ def test_blocks_say_what_they_are(page):
             assert block.mark.startswith("not run: ")
     indented = [line.strip() for line in prose(page).splitlines() if line.startswith("    ")]
     assert not [line for line in indented if line.startswith(COMMANDS)]
+
+
+def test_files_are_shown_as_they_are():
+    for block in [block for page in PAGES for block in blocks(page)]:
+        if block.mark.startswith("file: "):
+            assert block.code == (ROOT / block.mark[6:]).read_text(), str(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

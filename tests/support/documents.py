@@ -18,7 +18,7 @@ PAGES = [
 ]
 RUN = ("sh", "bash", "python")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"<!-- (long|not run: .+?) -->\n\Z")
+MARK = re.compile(r"<!-- (long|not run: .+?|file: .+?) -->\n\Z")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -29,7 +29,8 @@ class Block:
     Args:
         line: of the page, where the code begins.
         language: what stands behind the fence.
-        mark: "long" (run with --whole only), "not run: why", or "" for what is always run.
+        mark: "long" (run with --whole only), "not run: why", "file: path" (it shows a file that is
+            tested elsewhere), or "" for what is always run.
     """
 
     page: Path
