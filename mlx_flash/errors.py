@@ -52,5 +52,9 @@ class CalibrationError(FlashError, ValueError):
     """Calibration cannot start or go on: its text, its settings, or a number that is none."""
 
 
+class FlashWarning(UserWarning):
+    """Something was wrong and has been dealt with, at a cost that the user should know of."""
+
+
 class UsageError(FlashError):
     """Arguments of a command that contradict themselves."""

@@ -168,7 +168,7 @@ class Calibration(TextRun):
         sequences = [(name, s) for name, part in self.text.parts().items() for s in part]
         total, length = len(sequences) * self.text.length, self.text.length
         self.progress("recording", recorder.done * length, total)
-        if recorder.done == len(sequences) and (self.work / BIASES).is_file():
+        if recorder.done == len(sequences) and self._biases() is not None:
             return recorder
         with self._model(0) as (model, chunk):
             self._save_biases(model)
@@ -193,16 +193,15 @@ class Calibration(TextRun):
                     if self.ffn.fused:
                         bias = np.split(bias, 2)[part == "up"]
                     biases[f"{layer}.{part}"] = bias
-        with open(self.work / BIASES, "wb") as f:
-            np.savez(f, **biases)
+        recordings.save_arrays(self.work / BIASES, **biases)
+
+    def _biases(self) -> dict[str, np.ndarray] | None:
+        return recordings.load_arrays(self.work / BIASES)
 
     def _fitter(self, reader: RowReader, recorder: recordings.Recorder) -> Fitter:
         """What fits the layers, and has the memory to."""
-        with np.load(self.work / BIASES) as saved:
-            biases = {name: saved[name] for name in saved.files}
-        data = RecordedModel(
-            self.directory, reader, self.work, self.settings, biases, recorder.mean_squares()
-        )
+        biases, squares = self._biases() or {}, recorder.mean_squares()
+        data = RecordedModel(self.directory, reader, self.work, self.settings, biases, squares)
         fitter: Fitter = registry.load(self.settings.training.fitter)(data)
         release()
         if self.ram is not None:

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.common.files import atomic_write, replacing
+from mlx_flash.common.files import atomic_write, replacing, sync
 from mlx_flash.common.work_directory import WorkDirectory
-from mlx_flash.errors import CalibrationError
+from mlx_flash.errors import CalibrationError, FlashWarning
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.activations import Activation
 from mlx_flash.models.dtypes import BIT_VIEWS
@@ -107,6 +110,7 @@ class Recorder:
         self.squares = [np.zeros(0)] * layers
         self.counts = [0] * layers
         self._layers = layers
+        self._written: set[Path] = set()  # since the last commit
         self._restore()
 
     def __call__(self, seen: Seen) -> mx.array:
@@ -130,6 +134,7 @@ class Recorder:
             file = self.path / file_name(seen.layer, self.part, what)
             with open(file, "ab") as f:
                 f.write(_raw(seen, what).data)
+            self._written.add(file)
         return seen.h
 
     def _add_squares(self, seen: Seen) -> None:
@@ -145,39 +150,65 @@ class Recorder:
         return [total / count if count else None for total, count in pairs]
 
     def commit(self) -> None:
-        """All that was seen of one more sequence is written: remember it."""
+        """Remember that one more sequence was seen whole.
+
+        Its data reach the disk before the state file names them.
+        """
+        for file in sorted(self._written):
+            sync(file)
+        self._written.clear()
+        sync(self.path)
         self.done += 1
         sizes = {file.name: file.stat().st_size for file in self.path.glob("layer-*.bits")}
         state = {"done": self.done, "sizes": sizes, "losses": self.losses, "counts": self.counts}
         if any(self.counts):
             # Two names in turn, so that the one the state names is whole at any time.
             state["squares"] = f"squares-{self.done % 2}.npz"
-            with open(self.path / state["squares"], "wb") as f:
-                np.savez(f, *self.squares)
+            save_arrays(self.path / state["squares"], *self.squares)
         atomic_write(self.path / STATE, json.dumps(state))
 
     def _restore(self) -> None:
         """Go on where the state file says; from the beginning where files do not bear it out."""
-        try:
-            state = json.loads((self.path / STATE).read_text())
-            files = {self.path / name: int(size) for name, size in state["sizes"].items()}
-            if all(file.is_file() and file.stat().st_size >= size for file, size in files.items()):
-                if name := state.get("squares"):
-                    with np.load(self.path / name) as saved:
-                        self.squares = [saved[f"arr_{i}"] for i in range(self._layers)]
-                self.done, self.losses = int(state["done"]), state["losses"]
-                self.counts = state["counts"]
-            else:
-                files = {}
-        except (OSError, ValueError, KeyError):
-            files = {}
+        sizes: dict[Path, int] = {}
+        if (self.path / STATE).is_file():
+            try:
+                sizes = self._adopt(json.loads((self.path / STATE).read_text()))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                message = (
+                    f"what was recorded in {self.path} is damaged ({error}); it is recorded again"
+                )
+                warnings.warn(FlashWarning(message), stacklevel=3)
         if not self.done:
             _work(self.path).empty()
         for file in self.path.glob("layer-*.bits"):
-            if file in files:
-                os.truncate(file, files[file])
+            if file in sizes:
+                os.truncate(file, sizes[file])
             else:
                 file.unlink()
+
+    def _adopt(self, state: dict[str, Any]) -> dict[Path, int]:
+        """Take over what a state file says; returns the size of each file that it names.
+
+        Raises ValueError, LookupError, TypeError or AttributeError where files or fields are not
+        what they should be.
+        """
+        sizes = {self.path / str(name): int(size) for name, size in state["sizes"].items()}
+        for file, size in sizes.items():
+            found = file.stat().st_size if file.is_file() else 0
+            if found < size:
+                raise ValueError(f"{file.name} has {found} bytes of {size}")
+        squares = self.squares
+        if name := state.get("squares"):
+            saved = load_arrays(self.path / name)
+            if saved is None:
+                raise ValueError(f"{name} is missing or cut off")
+            squares = [saved[f"arr_{i}"] for i in range(self._layers)]
+        done, counts = int(state["done"]), [int(count) for count in state["counts"]]
+        losses = {str(part): float(loss) for part, loss in state["losses"].items()}
+        if len(counts) != self._layers or losses.keys() != self.losses.keys():
+            raise ValueError(f"{STATE} is of another version")
+        self.done, self.losses, self.squares, self.counts = done, losses, squares, counts
+        return sizes
 
 
 def file_name(layer: int, part: str | None, what: str) -> str:
@@ -239,15 +270,27 @@ class Part:
 
 def save_layer(path: Path, name: str, figures: dict[str, Any], arrays: dict[str, Any]) -> None:
     """Keep a fitted layer: figures as JSON, arrays as float32; whole or not there."""
-    with replacing(path / f"fitted-{name}.npz") as temporary:
-        np.savez(temporary, figures=np.array(json.dumps(figures)), **arrays)
+    save_arrays(path / f"fitted-{name}.npz", figures=np.array(json.dumps(figures)), **arrays)
 
 
 def load_layer(path: Path, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """What ``save_layer`` kept, or None."""
-    file = path / f"fitted-{name}.npz"
-    if not file.is_file():
+    """What ``save_layer`` kept; None where it is missing or damaged."""
+    arrays = load_arrays(path / f"fitted-{name}.npz")
+    if arrays is None or "figures" not in arrays:
         return None
-    with np.load(file) as saved:
-        arrays = {name: saved[name] for name in saved.files}
     return json.loads(str(arrays.pop("figures"))), arrays
+
+
+def save_arrays(file: Path, *numbered: np.ndarray, **arrays: np.ndarray) -> None:
+    """Write an .npz file, whole or not at all; ``numbered`` are called arr_0, arr_1, ..."""
+    with replacing(file) as temporary:
+        np.savez(temporary, *numbered, **arrays)
+
+
+def load_arrays(file: Path) -> dict[str, np.ndarray] | None:
+    """All arrays of an .npz file; None where it is missing or damaged."""
+    try:
+        with np.load(file) as saved:
+            return {name: saved[name] for name in saved.files}
+    except (OSError, ValueError, EOFError, RuntimeError, struct.error, BadZipFile):
+        return None

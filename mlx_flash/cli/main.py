@@ -11,10 +11,13 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from mlx_flash import __version__
-from mlx_flash.errors import FlashError
+from mlx_flash.errors import FlashError, FlashWarning
 
 from . import bench, calibrate, generate, plan, reorder
 from .convert import MODES, run_convert
@@ -87,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no error
     try:
-        code = args.run(args)
+        with _warnings():
+            code = args.run(args)
         print(end="", flush=True)
         return code
     except FlashError as error:
@@ -99,6 +103,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _quiet(1)
     except OSError as error:
         return _fail(f"{error.filename or args.command}: {error.strerror or error}", 2)
+
+
+@contextmanager
+def _warnings() -> Iterator[None]:
+    """Show the package's own warnings as lines of the command's."""
+
+    def show(message: Warning | str, *args: Any) -> None:
+        if isinstance(message, FlashWarning):
+            print(f"mlx_flash: {message}", file=sys.stderr, flush=True)
+        else:
+            shown(message, *args)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FlashWarning)
+        shown, warnings.showwarning = warnings.showwarning, show
+        yield
 
 
 def _fail(message: str, code: int) -> int:

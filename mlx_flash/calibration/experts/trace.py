@@ -7,6 +7,7 @@ working directory sequence by sequence, so that an interrupted recording goes on
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flash.calibration import probes
-from mlx_flash.common.files import replacing
-from mlx_flash.errors import CalibrationError
+from mlx_flash.calibration import probes, recordings
+from mlx_flash.errors import CalibrationError, FlashWarning
 from mlx_flash.paging.prefetch import best_experts
 from mlx_flash.runtime.pagers.experts import ExpertPager
 
@@ -96,13 +96,19 @@ def _flat(numbers: mx.array) -> np.ndarray:
 
 def save(path: Path, sequence: int, arrays: dict[str, np.ndarray]) -> None:
     """Keep what was recorded of one sequence; whole or not there."""
-    with replacing(_file(path, sequence)) as temporary:
-        np.savez(temporary, **arrays)
+    recordings.save_arrays(_file(path, sequence), **arrays)
 
 
 def recorded(path: Path, sequences: int) -> int:
-    """How many of the first sequences are kept."""
-    return next((i for i in range(sequences) if not _file(path, i).is_file()), sequences)
+    """How many of the first sequences are kept, whole; warns of the first that is not."""
+    for i in range(sequences):
+        file = _file(path, i)
+        if recordings.load_arrays(file) is None:
+            if file.is_file():
+                message = f"{file} is damaged; the experts of its tokens are recorded again"
+                warnings.warn(FlashWarning(message), stacklevel=3)
+            return i
+    return sequences
 
 
 def load(path: Path, sequences: range, layer: int) -> tuple[np.ndarray, np.ndarray | None]:
