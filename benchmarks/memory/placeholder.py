@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 
+from mlx_flash.conversion.checkpoint import CheckpointFacts
+from mlx_flash.conversion.model_spec import ModelSpec
 from mlx_flash.conversion.row_plan import RowPlan, plan_rows
-from mlx_flash.model_directory.config import FORMAT_VERSION, config_sha256, locate_ffn
+from mlx_flash.model_directory.config import FORMAT_VERSION, config_sha256
 from mlx_flash.models.dtypes import DTYPE_NAMES
-from mlx_flash.models.quantized_rows import QuantScheme
 from mlx_flash.models.registry import make_model
 from mlx_flash.storage.row_file import PENDING, RowFile, file_bytes
 from mlx_flash.storage.row_writer import RowFileWriter
+from mlx_flash.storage.safetensors_header import header_bytes
 
 from .published_shapes import BITS_4, MXFP4
 
@@ -38,14 +40,16 @@ class ShapesOnly:
     """A checkpoint of which only the shapes and types are known; see ``conversion.checkpoint``."""
 
     config: dict[str, Any]
+    spec: ModelSpec
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, mx.Dtype]
-    row_scheme: QuantScheme | None = None
+    facts: CheckpointFacts = field(default_factory=CheckpointFacts)
 
     @classmethod
     def of(cls, config: dict[str, Any], stored: str) -> ShapesOnly:
         """What a config's model is made of, in bfloat16 or quantised by mlx-lm itself."""
         config = dict(config)
+        spec = ModelSpec.of(config, Path(stored))
         model = make_model(config)
         model.set_dtype(mx.bfloat16)
         if config.get("tie_word_embeddings") and hasattr(model, "sanitize"):
@@ -60,7 +64,7 @@ class ShapesOnly:
                 )
         arrays = _flat(model)
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        return cls(config, shapes, {name: array.dtype for name, array in arrays.items()})
+        return cls(config, spec, shapes, {name: array.dtype for name, array in arrays.items()})
 
 
 def make(path: Path, config: dict[str, Any], stored: str) -> Path:
@@ -70,7 +74,7 @@ def make(path: Path, config: dict[str, Any], stored: str) -> Path:
         stored: BITS_4, BITS_16 or MXFP4, see ``published_shapes``.
     """
     checkpoint = ShapesOnly.of(config, stored)
-    rows = plan_rows(checkpoint, *locate_ffn(checkpoint.config, path))
+    rows = plan_rows(checkpoint)
     path.mkdir(parents=True)
     _write_rows(path / ROW_FILE, rows)
     resident = {name: checkpoint.shapes[name] for name in checkpoint.shapes.keys() - rows.tensors}
@@ -124,7 +128,6 @@ def _write_resident(
             "data_offsets": [at, at + size],
         }
         at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(file, 8 + len(text) + at)
+    start = header_bytes(header)
+    file.write_bytes(start)
+    os.truncate(file, len(start) + at)

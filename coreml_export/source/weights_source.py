@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.conversion.checkpoint import Packing
+from mlx_flash.conversion.checkpoint import RequestedFormat
 from mlx_flash.conversion.open_checkpoint import open_checkpoint
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.model_directory.config import read_config
@@ -124,14 +124,14 @@ class _CheckpointTensors:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._checkpoint = open_checkpoint(path, Packing(dequantize=True))
+        self._checkpoint = open_checkpoint(path, RequestedFormat(dequantize=True))
         self.config = self._checkpoint.config
         self.shapes = dict(self._checkpoint.shapes)
         self._taken: set[str] = set()
 
     def take(self, name: str) -> mx.array:
         if name in self._taken:
-            self._checkpoint = open_checkpoint(self._path, Packing(dequantize=True))
+            self._checkpoint = open_checkpoint(self._path, RequestedFormat(dequantize=True))
             self._taken.clear()
         self._taken.add(name)
         return self._checkpoint.take(name)

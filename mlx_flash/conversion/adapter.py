@@ -8,12 +8,11 @@ An adapter is one safetensors file. For a projection P of the base model, [out, 
 and the new weight is ``(W + lora_b * scale @ lora_a) * factor`` (LoRA, arXiv 2106.09685, A and B
 rounded to int8 with one scale a rank). For a norm N it holds ``N.delta`` float16 [d]. A projection
 Q that the base does not have is ``Q.codes`` int8 [out, in] times ``Q.row_scale`` float32 [out].
-``P.sample``, float16, are base weights at even distances: by them another base is told.
+``P.sample``, float16, are base weights at even distances, by which a wrong base is noticed.
 Metadata: format, version, ``config`` (what changes in config.json), ``base`` (what config.json must
 say), ``card`` (a few words for people).
 
-Knows: that file, whether it fits a base, the arithmetic, in float32. Does not know: checkpoints,
-rows, how adapters are trained (``training/relufy``).
+All arithmetic is in float32. Adapters are trained by ``training/relufy``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ MAX_DISTANCE = 0.3
 PARTS = ("lora_a", "lora_b", "scale", "factor", "delta", "sample", "codes", "row_scale")
 
 
-def shipped() -> list[str]:
+def shipped_adapters() -> list[str]:
     """Names of the adapters that come with this package."""
     return sorted(file.stem for file in SHIPPED.glob("*.safetensors"))
 
@@ -77,12 +76,12 @@ class Adapter:
             DamagedError: the file cannot be read or a part is missing or of a wrong shape.
         """
         path = Path(source)
-        if str(source) in shipped():
+        if str(source) in shipped_adapters():
             path = SHIPPED / f"{source}.safetensors"
         if not path.is_file():
             raise ModelError(
                 f"no such adapter: {str(source)!r} is neither a file nor one of those that ship "
-                f"with this package ({', '.join(shipped()) or 'none'})"
+                f"with this package ({', '.join(shipped_adapters()) or 'none'})"
             )
         try:
             found, metadata = mx.load(str(path), return_metadata=True)
@@ -135,12 +134,6 @@ class Adapter:
             if "codes" in parts
         }
 
-    def make(self, name: str, dtype: mx.Dtype) -> mx.array:
-        """A tensor that the base does not have."""
-        parts = self.tensors[name.removesuffix(".weight")]
-        new = parts["codes"].astype(mx.float32) * parts["row_scale"][:, None]
-        return new.astype(dtype)
-
     def adapted_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config of the new model.
 
@@ -170,13 +163,20 @@ class Adapter:
                 f"{len(lost)} of {len(self.tensors)} tensors: {', '.join(lost[:5])}"
             )
 
-    def apply(self, name: str, weight: mx.array) -> mx.array:
-        """The new tensor ``name`` (``P.weight``), of the same type; others come back as they are.
+    def adapt(self, name: str, weight: mx.array | None, dtype: mx.Dtype) -> mx.array:
+        """A tensor of the adapted model, lazy.
+
+        Args:
+            name: such as ``P.weight``.
+            weight: the base's tensor of this name; None where the adapter adds one.
+            dtype: of a tensor that is added; others keep the base's.
 
         Raises:
             ModelError: the weight has another shape than the adapter's, or is not its base's.
         """
         parts = self.tensors.get(name.removesuffix(".weight"))
+        if weight is None:
+            return (parts["codes"].astype(mx.float32) * parts["row_scale"][:, None]).astype(dtype)
         if parts is None or not name.endswith(".weight"):
             return weight
         new = weight.astype(mx.float32)
@@ -190,20 +190,17 @@ class Adapter:
             new = new * parts["factor"]
         return new.astype(weight.dtype)
 
-    def with_added(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """A model's tensors and those that are added, of the type that most floats have.
+    def adapt_all(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """All tensors of the adapted model; those that are added get the type of most floats.
 
         Raises:
-            ModelError: see ``check_names``.
+            ModelError: see ``check_names`` and ``adapt``.
         """
         self.check_names(weights)
         types = Counter(w.dtype for w in weights.values() if mx.issubdtype(w.dtype, mx.floating))
         dtype = types.most_common(1)[0][0] if types else mx.float32
-        return dict(weights) | {name: self.make(name, dtype) for name in self.added}
-
-    def apply_all(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """``apply`` to all tensors; what it raises, it raises here."""
-        return {name: self.apply(name, weight) for name, weight in weights.items()}
+        names = [*weights, *self.added]
+        return {name: self.adapt(name, weights.get(name), dtype) for name in names}
 
     def _check_base(self, name: str, weight: mx.array, parts: dict[str, mx.array]) -> None:
         shape = weight.shape

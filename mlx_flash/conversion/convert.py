@@ -2,9 +2,6 @@
 
 After an interruption at any moment the same command goes on at the first layer whose hash does not
 hold; what comes out is the same to the byte.
-
-Knows: order of work. Does not know: what a row is made of (``units``), file formats of sources
-(``checkpoint``, ``gguf_source``) or of rows (``rows``), what may be overwritten (``output``).
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_flash.common.files import atomic_write, digest_of, replacing, sha256_of, sync
 from mlx_flash.errors import ModelError
@@ -27,19 +23,18 @@ from mlx_flash.model_directory.config import (
     FORMAT_VERSION,
     ROW_FILE,
     config_sha256,
-    locate_ffn,
     write_config,
 )
 from mlx_flash.models.dtypes import DTYPE_NAMES, DTYPES
 from mlx_flash.models.quantized_rows import requested_scheme
-from mlx_flash.models.registry import make_model
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import Predictors
 from mlx_flash.storage.row_file import file_bytes
 from mlx_flash.storage.row_writer import RowFileWriter
+from mlx_flash.storage.safetensors_header import header_bytes
 
 from .adapter import Adapter
-from .checkpoint import Checkpoint, Packing
+from .checkpoint import Checkpoint, RequestedFormat
 from .open_checkpoint import open_checkpoint
 from .row_plan import plan_rows, raw
 from .turbosparse import fold
@@ -91,11 +86,11 @@ def convert(
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode != "affine"):
         raise ModelError("bits, group size and mode are for quantising; ask for that, too (-q)")
     scheme = requested_scheme(q_bits, q_group_size, q_mode) if quantize else None
-    packing = Packing(dtype, scheme, quant_predicate, dequantize)
+    requested = RequestedFormat(dtype, scheme, quant_predicate, dequantize)
     changes = Adapter.open(adapter) if adapter else None
-    checkpoint = open_checkpoint(source, packing, changes)
+    checkpoint = open_checkpoint(source, requested, changes)
     name = Path(source).absolute().name
-    job = _Job(checkpoint, packing, f"{name} with {changes.path.stem}" if changes else name)
+    job = _Job(checkpoint, requested, f"{name} with {changes.path.stem}" if changes else name)
     writing.check_disk(target, job.disk_bytes)
     with writing.working_directory(target, job.key) as partial:
         writing.check_target(target, force, source)  # again, now that nobody else writes it
@@ -114,22 +109,21 @@ def convert(
 class _Job:
     """What is to be written, worked out from shapes before anything is read."""
 
-    def __init__(self, checkpoint: Checkpoint, packing: Packing, name: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, requested: RequestedFormat, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
-        place = locate_ffn(checkpoint.config, Path(name))
-        self.rows = plan_rows(checkpoint, *place)
+        self.rows = plan_rows(checkpoint)
         resident = sorted(checkpoint.shapes.keys() - self.rows.tensors)
         self.shards = _shards(checkpoint, resident)
         layouts = [layout.to_json() for layout in self.rows.layouts]
         what = [checkpoint.config, self.rows.unit, layouts, self.rows.rows, self.shards]
         self.row_source = digest_of([FORMAT_VERSION, *what])
-        self.key = digest_of([self.row_source, checkpoint.fingerprint, asdict(packing)])
+        self.key = digest_of([self.row_source, checkpoint.fingerprint, asdict(requested)])
         nbytes = _sum_bytes(checkpoint, resident)
         self.total_bytes = nbytes + sum(
             layout.stride * count
             for layout, count in zip(self.rows.layouts, self.rows.rows, strict=True)
         )
-        predictors = sum(tensor.nbytes for tensor in checkpoint.predictors.values())
+        predictors = sum(tensor.nbytes for tensor in checkpoint.facts.predictors.values())
         self.disk_bytes = nbytes + predictors
         self.disk_bytes += file_bytes(
             self.rows.layouts, self.rows.rows, self.row_source, self.rows.unit
@@ -158,7 +152,7 @@ class _Job:
 
     def _write_predictors(self, path: Path, fingerprint: str) -> None:
         """Those that ship with the checkpoint; not among ``files``: they may be fitted anew."""
-        if tensors := self.checkpoint.predictors:
+        if tensors := self.checkpoint.facts.predictors:
             layers = fold(tensors, len(self.rows.rows), DTYPES[self.rows.dtype])
             measured = {"source": "shipped with the checkpoint"}
             predictor_file.write(path, Predictors("low-rank", fingerprint, layers, measured))
@@ -173,10 +167,10 @@ class _Job:
             "activation": self.rows.activation,
             "layouts": [layout.to_json() for layout in dict.fromkeys(self.rows.layouts)],
             "dtype": self.rows.dtype,
-            "quantization": asdict(self.rows.scheme) if self.rows.scheme else None,
-            "parameters": parameters(self.checkpoint.config),
+            "quantization": asdict(self.rows.row_scheme) if self.rows.row_scheme else None,
+            "parameters": self.checkpoint.spec.parameters,
             "source": self.name,
-            "requantised": getattr(self.checkpoint, "requantised", {}),
+            "requantised": dict(self.checkpoint.facts.requantised),
             "files": files,
         }
         config = json.loads(json.dumps({**self.checkpoint.config, "flash": flash}))
@@ -211,11 +205,6 @@ def _reported(
     for block in blocks:
         yield block
         report(block.nbytes, f"layer {layer}")
-
-
-def parameters(config: dict[str, Any]) -> int:
-    """How many numbers a config's model has, before any quantisation."""
-    return sum(array.size for _, array in tree_flatten(make_model(config).parameters()))
 
 
 def _nbytes(checkpoint: Checkpoint, name: str) -> int:
@@ -259,10 +248,8 @@ def _write_shard(
             "data_offsets": [at, end],
         }
         at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
     with replacing(path) as temporary, open(temporary, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(header_bytes(header))
         for name in names:
             data = raw(checkpoint.take(name))
             f.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)

@@ -2,31 +2,27 @@
 
 Three units. A neuron's row has a row of gate and up and a column of down (LLM in a flash, section
 3.2), each with the scales of its own where it is quantised. An expert's row has all its matrices.
-A layer's row is a whole FFN: of quantised weights whose scales span many neurons, in models of
-which every neuron is needed anyway, the tensors stay as they are and so do mlx-lm's kernels.
-
-Knows: tensors by name and shape, the tables of places. Does not know: files, progress, memory.
+A layer's row is a whole FFN: quantised tensors whose scales belong to many neurons stay as they
+are, and so do mlx-lm's kernels for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_flash.errors import ModelError
-from mlx_flash.models import families, mixtures
 from mlx_flash.models.dtypes import BIT_VIEWS, DTYPE_NAMES, DTYPES, FLOAT_NAMES
-from mlx_flash.models.families import Ffn, projections, weight_shapes
-from mlx_flash.models.mixtures import Mixture
+from mlx_flash.models.families import projections, weight_shapes
+from mlx_flash.models.mixtures import check_counts
 from mlx_flash.models.quantized_rows import SUFFIXES, QuantScheme
-from mlx_flash.models.registry import make_model
 from mlx_flash.storage.row_layout import RowLayout
 
 from .checkpoint import Checkpoint
+from .model_spec import ModelSpec
 
 BLOCK_BYTES = 16 << 20
 
@@ -42,8 +38,8 @@ class RowPlan:
         rows: of each layer.
         layouts: of each layer.
         dtype: float type that the model computes in, a safetensors name.
-        scheme: how the numbers of a neuron's row are quantised; None for floats, and where the
-            unit is no neuron.
+        row_scheme: how the numbers of a neuron's row are quantised; None for floats and for the
+            other units.
         fused: gate and up come in one tensor.
     """
 
@@ -53,7 +49,7 @@ class RowPlan:
     rows: list[int]
     layouts: list[RowLayout]
     dtype: str
-    scheme: QuantScheme | None = None
+    row_scheme: QuantScheme | None = None
     fused: bool = False
 
     @property
@@ -91,39 +87,50 @@ class RowPlan:
                     parts.append(array[start:stop])
                     continue
                 column = np.ascontiguousarray(array[:, start:stop].T)
-                if self.scheme is None:
+                if self.row_scheme is None:
                     parts.append(column)
                 else:
-                    found = self.scheme.quantize(mx.array(column).view(DTYPES[self.dtype]))
+                    found = self.row_scheme.quantize(mx.array(column).view(DTYPES[self.dtype]))
                     parts += [raw(array) for array in found]
             return parts
 
         return cut
 
 
-def plan_rows(checkpoint: Checkpoint, ffn: Ffn | None, mixture: Mixture | None) -> RowPlan:
-    """The plan for a checkpoint of a dense family (``ffn``) or of a mixture.
+def choose_unit(spec: ModelSpec, row_scheme: QuantScheme | None, names: Collection[str]) -> str:
+    """What one row holds: an expert, a neuron, or a layer's whole FFN.
+
+    A neuron can be read alone where its numbers are floats, or where its row has scales of its own.
+    Everywhere else a scale belongs to many neurons, and their matrices stay whole.
+
+    Args:
+        row_scheme: see ``CheckpointFacts``.
+        names: of all tensors; quantised ones have scales beside them.
+    """
+    if spec.ffn is None:
+        return "expert"
+    scales = {
+        f"{path}.{name}.scales" for path in spec.modules for name in projections(spec.ffn).values()
+    }
+    return "layer" if not row_scheme and scales & set(names) else "neuron"
+
+
+def plan_rows(checkpoint: Checkpoint) -> RowPlan:
+    """How the FFNs of a checkpoint become rows.
 
     Raises:
-        ModelError: tensors of shapes or types that make no rows.
+        ModelError: the shapes or types of tensors do not fit together.
     """
-    model = make_model(checkpoint.config)
-    if mixture:
-        return _experts(checkpoint, mixture, model)
-    if ffn is None:
-        raise ValueError("neither an FFN nor a mixture is given")
-    paths = [path for path, _ in families.modules(model, ffn)]
-    if not checkpoint.row_scheme:
-        inside = {f"{p}.{name}.scales" for p in paths for name in projections(ffn).values()}
-        if inside & checkpoint.shapes.keys():
-            return _layers(checkpoint, ffn, paths)
-    return _neurons(checkpoint, ffn, paths)
+    names = checkpoint.shapes.keys()
+    unit = choose_unit(checkpoint.spec, checkpoint.facts.row_scheme, names)
+    return {"neuron": _neurons, "expert": _experts, "layer": _layers}[unit](checkpoint)
 
 
-def _neurons(checkpoint: Checkpoint, ffn: Ffn, paths: Sequence[str]) -> RowPlan:
-    """A row a neuron; gate and up of ``row_scheme`` are quantised already, down is as it is cut."""
-    scheme, names, rows = checkpoint.row_scheme, [], []
-    for path in paths:
+def _neurons(checkpoint: Checkpoint) -> RowPlan:
+    """A row a neuron; with a row scheme gate and up are quantised already, down when it is cut."""
+    ffn, scheme = checkpoint.spec.ffn, checkpoint.facts.row_scheme
+    names, rows = [], []
+    for path in checkpoint.spec.modules:
         own: dict[str, str] = {}
         weights = {part: f"{path}.{name}.weight" for part, name in projections(ffn).items()}
         d_model, count = checkpoint.shapes[weights["down"]]
@@ -131,7 +138,7 @@ def _neurons(checkpoint: Checkpoint, ffn: Ffn, paths: Sequence[str]) -> RowPlan:
             own[part] = name
             if scheme and part != "down":
                 own |= {f"{part}.{s}": name.removesuffix("weight") + s for s in scheme.suffixes}
-        _check_shapes(checkpoint, ffn, path, count, d_model)
+        _check_shapes(checkpoint, path, count, d_model)
         names.append(own)
         rows.append(count)
     floats = ["down"]
@@ -153,8 +160,8 @@ def _neurons(checkpoint: Checkpoint, ffn: Ffn, paths: Sequence[str]) -> RowPlan:
     return RowPlan("neuron", ffn.activation, names, rows, layouts, dtype, scheme, fused)
 
 
-def _check_shapes(checkpoint: Checkpoint, ffn: Ffn, path: str, rows: int, d_model: int) -> None:
-    scheme = checkpoint.row_scheme
+def _check_shapes(checkpoint: Checkpoint, path: str, rows: int, d_model: int) -> None:
+    ffn, scheme = checkpoint.spec.ffn, checkpoint.facts.row_scheme
     for name, expected in weight_shapes(ffn, rows, d_model).items():
         found = checkpoint.shapes[f"{path}.{name}.weight"]
         if scheme and name != ffn.down:
@@ -166,10 +173,10 @@ def _check_shapes(checkpoint: Checkpoint, ffn: Ffn, path: str, rows: int, d_mode
             )
 
 
-def _layers(checkpoint: Checkpoint, ffn: Ffn, paths: Sequence[str]) -> RowPlan:
+def _layers(checkpoint: Checkpoint) -> RowPlan:
     """A row a layer: every matrix of its FFN with its scales; biases stay resident."""
-    names = []
-    for path in paths:
+    ffn, names = checkpoint.spec.ffn, []
+    for path in checkpoint.spec.modules:
         own = {}
         for projection in dict.fromkeys(projections(ffn).values()):
             for suffix in ("weight", *SUFFIXES):
@@ -182,13 +189,11 @@ def _layers(checkpoint: Checkpoint, ffn: Ffn, paths: Sequence[str]) -> RowPlan:
     )
 
 
-def _experts(checkpoint: Checkpoint, mixture: Mixture, model: nn.Module) -> RowPlan:
+def _experts(checkpoint: Checkpoint) -> RowPlan:
     """A row an expert: every tensor of its module that has an entry for each expert."""
-    names, rows = [], []
-    found = mixtures.modules(model, mixture)
-    mixtures.check_counts(checkpoint.config, mixture, found)
-    for _, path, module in found:
-        count = getattr(module, mixture.projections[0]).num_experts
+    mixture, names, rows = checkpoint.spec.mixture, [], []
+    check_counts(checkpoint.config, mixture, checkpoint.spec.modules)
+    for path, count in checkpoint.spec.modules.items():
         own = {}
         for name in sorted(checkpoint.shapes):
             part = name.removeprefix(path + ".")

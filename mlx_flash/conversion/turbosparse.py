@@ -4,9 +4,6 @@ TurboSparse predicts from the residual stream r before the norm in front of the 
 where fc2(relu(fc1(r))) > 0, without biases. The FFN's input is x = w * r / rms(r). The division
 changes no sign, so fc1 with its columns divided by w, put to x, says the same: no second input is
 needed.
-
-Knows: names of tensors, that folding. Does not know: which files they lie in, how they were trained
-or how good they are.
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ NORM = "post_attention_layernorm.weight"
 THRESHOLD = 0.500001
 
 
-def shipped(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The tensors, by their names in a checkpoint, that ``fold`` takes; none where none ship."""
+def predictor_tensors(weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors of a checkpoint that ``fold`` takes; empty where no predictors ship with it."""
     layers = {int(match[1]) for match in map(NAME.fullmatch, weights) if match}
     names = [LAYER.format(i) + NORM for i in layers]
     return {name: w for name, w in weights.items() if NAME.fullmatch(name) or name in names}

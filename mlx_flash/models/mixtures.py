@@ -316,16 +316,21 @@ def _check_projections(path: str, module: nn.Module, mixture: Mixture) -> None:
         raise ModelError(f"the projections of {path} hold different numbers of experts: {said}")
 
 
-def check_counts(
-    config: dict[str, Any], mixture: Mixture, found: list[tuple[int, str, Any]]
-) -> None:
-    """Hold the config's number of experts against the modules that ``modules`` found.
+def counts_of(found: list[tuple[int, str, Any]], mixture: Mixture) -> dict[str, int]:
+    """Dotted path of each switch module that ``modules`` found -> how many experts it holds."""
+    return {path: getattr(m, mixture.projections[0]).num_experts for _, path, m in found}
+
+
+def check_counts(config: dict[str, Any], mixture: Mixture, counts: dict[str, int]) -> None:
+    """Hold the config's number of experts against those of the switch modules.
+
+    Args:
+        counts: what ``counts_of`` gives.
 
     Raises:
         ModelError: they differ; lists the modules.
     """
     experts, _ = expert_counts(config, mixture)
-    counts = {path: getattr(m, mixture.projections[0]).num_experts for _, path, m in found}
     wrong = [f"{path} has {count}" for path, count in counts.items() if count != experts]
     if wrong:
         raise ModelError(

@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.common.files import hash_file_range
-from mlx_flash.common.sizes import round_up
 from mlx_flash.errors import DamagedError, ReadError, RowFileError
 
 from .row_layout import ITEMSIZE, PAGE, RowLayout
+from .safetensors_header import header_bytes, read_header
 
 FORMAT = "mlx_flash.rows"
 FORMAT_VERSION = 2
 # What a row is: a neuron, an expert, or all that a layer's FFN consists of.
 UNITS = ("neuron", "expert", "layer")
-MAX_HEADER = 1 << 26
 PENDING = "0" * 64  # in place of the hash of a layer that is not written yet
 
 
@@ -86,9 +85,7 @@ def _header(
         "sha256": json.dumps(list(hashes)),
     }
     header = {"__metadata__": metadata, **_tensors(layouts, rows)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    size = round_up(8 + len(text), max(PAGE, *(layout.alignment for layout in distinct))) - 8
-    return size.to_bytes(8, "little") + text.ljust(size)
+    return header_bytes(header, max(PAGE, *(layout.alignment for layout in distinct)))
 
 
 def file_bytes(
@@ -197,17 +194,12 @@ class RowFile:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
-        with open(path, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            text = f.read(size) if size <= MAX_HEADER else b""
+        return read_header(path)
     except FileNotFoundError:
         raise RowFileError(f"{path} does not exist; convert the model again") from None
     except OSError as error:
         raise RowFileError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        _check(len(text) == size, f"its header of {size} bytes is cut off or too long")
-        return _checked(dict, _parse(text)), 8 + size
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise RowFileError(
             f"{path} is not a safetensors file: {error}; convert the model again"
         ) from error

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from support import tiny, tiny_mixtures
@@ -9,7 +10,8 @@ from support import tiny, tiny_mixtures
 from benchmarks.memory.model_table import Model, table
 from benchmarks.memory.placeholder import make
 from benchmarks.memory.published_shapes import BITS_4, BITS_16, SHAPES
-from mlx_flash.conversion.convert import convert, parameters
+from mlx_flash.conversion.convert import convert
+from mlx_flash.conversion.model_spec import ModelSpec
 from mlx_flash.model_directory.directory import ModelDirectory
 
 CONTEXT, PROCESS = 300, 100_000_000
@@ -58,7 +60,7 @@ def test_placeholder_is_planned_as_the_real_directory(tmp_path, kind, stored):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_shapes_have_the_parameters_that_were_published(shape):
-    found = parameters(shape.config)
+    found = ModelSpec.of(shape.config, Path(shape.name)).parameters
     if shape.config["model_type"] == "gemma3_text":  # mlx-lm ties its head once it sees weights
         found -= shape.config["vocab_size"] * shape.config["hidden_size"]
     assert found / 1e9 == pytest.approx(shape.parameters, rel=0.01)

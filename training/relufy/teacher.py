@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mlx_flash.conversion.checkpoint import Packing
+from mlx_flash.conversion.checkpoint import RequestedFormat
 from mlx_flash.conversion.open_checkpoint import open_checkpoint
 
 
 def load(source: Path, scratch: Path) -> tuple[LlamaForCausalLM, object]:
     """The model in evaluation mode, without gradients, and its tokenizer."""
-    checkpoint = open_checkpoint(source, Packing("float32", dequantize=True))
+    checkpoint = open_checkpoint(source, RequestedFormat("float32", dequantize=True))
     config = LlamaConfig(**checkpoint.config)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):

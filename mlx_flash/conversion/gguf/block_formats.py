@@ -1,12 +1,11 @@
 """Quantised GGUF rows in MLX's affine form: packed codes, and a scale and a bias for 32 weights.
 
-Knows: which tensor types can be read (those that the installed gguf package decodes) and what
-becomes of each. Types whose weights are scale times code plus offset over 32 weights keep their
-codes: the value is the file's to the bit where scale and offset keep theirs. In float16 they do for
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, TQ1_0 and TQ2_0; Q4_K and Q5_K multiply a float16 by a number of six
-bits, which float32 holds and float16 rounds (relative error 2^-11 at most). bfloat16 rounds the
-scales of all types (2^-8). Every other type is decoded and quantised anew by ``mx.quantize``. Does
-not know: files, names, the order of rows.
+The tensor types that can be read are those that the installed gguf package decodes. Types whose
+weights are scale times code plus offset over 32 weights keep their codes: the value is the file's
+to the bit where scale and offset keep theirs. In float16 they do for Q4_0, Q4_1, Q5_0, Q5_1, Q8_0,
+TQ1_0 and TQ2_0; Q4_K and Q5_K multiply a float16 by a number of six bits, which float32 holds and
+float16 rounds (relative error 2^-11 at most). bfloat16 rounds the scales of all types (2^-8). Every
+other type is decoded and quantised anew by ``mx.quantize``.
 
 Quantised anew, a type gets the first width that MLX has from its bits per weight on (scales
 included), from 3 up, since 2 bits cannot hold both ends of a symmetric group. What that adds,
@@ -65,14 +64,21 @@ _KEPT = {
 }
 
 
-class Form(NamedTuple):
-    """How MLX is to hold a tensor."""
+class SourceScheme(NamedTuple):
+    """How MLX holds the tensors of one quantised GGUF type.
+
+    Args:
+        bits: of a number.
+        requantised: MLX has no such type, so the numbers are decoded and quantised anew.
+        group: numbers that share a scale and a bias.
+    """
 
     bits: int
-    anew: bool
+    requantised: bool
     group: int = GROUP
 
     def to_config(self) -> dict[str, Any]:
+        """The scheme as ``config["quantization"]`` writes it."""
         return {"group_size": self.group, "bits": self.bits, "mode": "affine"}
 
 
@@ -91,26 +97,27 @@ def readable_types() -> list[str]:
     return [kind.name for kind in GGMLQuantizationType if is_readable(kind)]
 
 
-def find_form(kind: GGMLQuantizationType) -> Form | None:
-    """What becomes of a type that is readable; None for floats."""
+def source_scheme(kind: GGMLQuantizationType) -> SourceScheme | None:
+    """The scheme of a type that is readable; None for a float type."""
     if kind.name in FLOAT_NAMES:
         return None
     if codes := _KEPT.get(kind.name):
-        return Form(codes.bits, anew=False)
+        return SourceScheme(codes.bits, requantised=False)
     weights, size = GGML_QUANT_SIZES[kind]
-    return Form(next(b for b in WIDTHS_ANEW if b * weights >= 8 * size), anew=True)
+    bits = next(b for b in WIDTHS_ANEW if b * weights >= 8 * size)
+    return SourceScheme(bits, requantised=True)
 
 
 def to_affine(
     raw: np.ndarray, kind: GGMLQuantizationType
 ) -> tuple[mx.array | np.ndarray, mx.array | np.ndarray, mx.array | np.ndarray]:
     """Rows of a GGUF's bytes as packed uint32 codes, float32 scales and float32 biases."""
-    form = find_form(kind)
-    if form is None:
+    scheme = source_scheme(kind)
+    if scheme is None:
         raise ValueError(f"{kind.name} is not quantised")
-    if form.anew:
+    if scheme.requantised:
         rows = mx.array(dequantize(raw, kind))
-        return mx.quantize(rows, group_size=form.group, bits=form.bits)
+        return mx.quantize(rows, group_size=scheme.group, bits=scheme.bits)
     codes, (weights, size) = _KEPT[kind.name], GGML_QUANT_SIZES[kind]
     blocks = raw.reshape(-1, size)
     heads = blocks[:, codes.at : codes.at + len(codes.unit)]

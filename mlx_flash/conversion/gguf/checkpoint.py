@@ -1,17 +1,17 @@
-"""A llama GGUF file as a source of Hugging Face llama weights, config and tokenizer.
+"""A llama GGUF file as a checkpoint: Hugging Face's names of weights, its config and tokenizer.
 
-Knows: the llama architecture (dense, gated SiLU FFN, no biases) with the tensor types that the gguf
-package decodes, which stay quantised (``gguf_quants`` says how) or become floats; linear, yarn and
-llama-3 rope scaling. Q and K come in Hugging Face's order of rows, so the result is an ordinary
-llama (``rope_traditional`` False). Every check is made when the object is built, before any tensor
-is read (but for the few floats of ``rope_freqs``). Does not know: mixtures, other architectures,
-files split in shards, where the weights go afterwards. Whatever it cannot honour is an error, never
-a guess.
+Of GGUF's architectures llama alone is read (dense, gated SiLU FFN, no biases), with linear, yarn
+and llama-3 rope scaling; not mixtures, nor files split in shards. Whatever would be computed
+differently is an error. Tensors stay quantised (``block_formats`` says how) or become floats. Q and
+K come in Hugging Face's order of rows, so the result is an ordinary llama (``rope_traditional``
+False). Every check is made when the object is built, before any tensor is read (but for the few
+floats of ``rope_freqs``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from mlx_flash.common.files import digest_of
+from mlx_flash.conversion.adapter import Adapter
+from mlx_flash.conversion.checkpoint import CheckpointFacts
+from mlx_flash.conversion.model_spec import ModelSpec
 from mlx_flash.errors import ModelError
 from mlx_flash.models.dtypes import FLOATS
 
 from . import tokenizer
-from .block_formats import Form, find_form
+from .block_formats import SourceScheme, source_scheme
 from .header import Tensor, check_extents, check_file, check_types, naming, read_header, some
 from .tensors import affine_shapes, read_affine, read_floats, read_rows
 
@@ -54,7 +57,7 @@ rope.scaling.yarn_ext_factor rope.scaling.yarn_log_multiplier"""
 
 
 class GGUFCheckpoint:
-    """Config, tensors and tokenizer of one GGUF file, under the names of a Hugging Face llama.
+    """One GGUF file under the names of a Hugging Face llama; see ``checkpoint.Checkpoint``.
 
     A quantised matrix X is three tensors, as mlx-lm names them: ``X.weight`` (packed codes),
     ``X.scales`` and ``X.biases``; ``config["quantization"]`` says how they are packed.
@@ -68,16 +71,24 @@ class GGUFCheckpoint:
             holds the scales of every type whose codes are kept. On a CPU, MLX 0.32 multiplies
             quantised matrices with sums in that type: float32 is the fast and the accurate one.
         dequantize: make floats of all tensors.
+        adapter: what changes the model; all tensors are made floats for it.
 
-    Attributes:
-        requantised: type that had to be quantised anew, with an error of its own -> number of
-            such tensors, bits, group size.
+    Raises:
+        ModelError: the file is of a kind that is not read, or contradicts itself.
+        DamagedError: it is cut off, or its header cannot be parsed.
     """
 
-    def __init__(self, path: Path, dtype: str | None = None, dequantize: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: str | None = None,
+        dequantize: bool = False,
+        adapter: Adapter | None = None,
+    ) -> None:
         if dtype is not None and dtype not in FLOATS:
-            raise ModelError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
+            raise ModelError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
         self.path = Path(path)
+        self._adapter = adapter
         with naming(self.path):
             stat = check_file(self.path)
             self._meta, infos = read_header(self.path, stat.st_size)
@@ -91,37 +102,47 @@ class GGUFCheckpoint:
             check_extents(infos, stat.st_size)
             self._head_dim = dims["head_dim"]
             self._tensors = {name: by_name[source] for source, name in names.items()}
-            self._forms = {} if dequantize else _forms(self._tensors)
-            dtype = dtype or _default_dtype(infos, bool(self._forms))
+            floats = dequantize or adapter is not None
+            self._schemes = {} if floats else _schemes(self._tensors)
+            dtype = dtype or _default_dtype(infos, bool(self._schemes))
             self._dtype = FLOATS[dtype]
             self.config: dict[str, Any] = _config(self._meta, dims, dtype, tied)
             freqs = by_name.get("rope_freqs.weight")
             factors = None if freqs is None else _read_vector(self.path, freqs)
             if scaling := _rope_scaling(self._meta, self.config, factors):
                 self.config["rope_scaling"] = scaling
-        if self._forms:
-            self.config["quantization"] = _quantization(self._forms)
+        if self._schemes:
+            self.config["quantization"] = _quantisation(self._schemes)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, mx.Dtype] = {}
-        self.requantised: dict[str, tuple[int, int, int]] = {}
         for name, tensor in self._tensors.items():
             self._list(name.removesuffix(".weight"), tensor)
-        self._taken: tuple[str, dict[str, mx.array]] = ("", {})
         what = [self.path.name, stat.st_size, stat.st_mtime_ns, self._meta, infos]
-        self.fingerprint: str = digest_of(what)
-        self.predictors: dict[str, mx.array] = {}
-        self.row_scheme = None  # its FFNs have no zeros: rows are whole layers
+        self.fingerprint = digest_of(what)
+        if adapter:
+            self._adapt(adapter)
+        self.facts = CheckpointFacts(requantised=_requantised(self._tensors, self._schemes))
+        self._taken: tuple[str, dict[str, mx.array]] = ("", {})
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """Where the model's FFNs are."""
+        return ModelSpec.of(self.config, self.path)
 
     def _list(self, path: str, tensor: Tensor) -> None:
-        form = self._forms.get(path)
-        shapes = affine_shapes(tensor, form) if form else {"weight": tensor.shape}
+        scheme = self._schemes.get(path)
+        shapes = affine_shapes(tensor, scheme) if scheme else {"weight": tensor.shape}
         for part, shape in shapes.items():
-            packed = form is not None and part == "weight"
+            packed = scheme is not None and part == "weight"
             self.shapes[f"{path}.{part}"] = shape
             self.dtypes[f"{path}.{part}"] = mx.uint32 if packed else self._dtype
-        if form and form.anew:
-            count = self.requantised.get(tensor.type.name, (0,))[0]
-            self.requantised[tensor.type.name] = (count + 1, form.bits, form.group)
+
+    def _adapt(self, adapter: Adapter) -> None:
+        self.config = adapter.adapted_config(self.config)
+        adapter.check_names(self.shapes)
+        self.shapes |= adapter.added
+        self.dtypes |= dict.fromkeys(adapter.added, self._dtype)
+        self.fingerprint += adapter.sha256[:16]
 
     def take(self, name: str) -> mx.array:
         """The evaluated tensor; reads the bytes of that tensor and no others.
@@ -129,9 +150,21 @@ class GGUFCheckpoint:
         The three parts of a quantised matrix lie together in the file: the parts not asked for are
         kept until they are taken or the next tensor is. Taken one after another, they are read
         once.
+
+        Raises:
+            ModelError: there is no such tensor, or a float type cannot hold its numbers.
+            DamagedError, ReadError: it cannot be read.
         """
         if name not in self.shapes:
             raise ModelError(f"{self.path}: no tensor {name!r} among its {len(self.shapes)}")
+        if self._adapter is None:
+            return self._read(name)
+        base = None if name in self._adapter.added else self._read(name)
+        adapted = self._adapter.adapt(name, base, self._dtype)
+        mx.eval(adapted)
+        return adapted
+
+    def _read(self, name: str) -> mx.array:
         path, _, part = name.rpartition(".")
         tensor = self._tensors[f"{path}.weight"]
         head_dim = self._head_dim if path.endswith(("q_proj", "k_proj")) else 0
@@ -140,10 +173,10 @@ class GGUFCheckpoint:
             self._taken = ("", {})
             del parts  # freed before the next are made
             with naming(self.path):
-                form = self._forms.get(path)
-                if form is None:
+                scheme = self._schemes.get(path)
+                if scheme is None:
                     return read_floats(self.path, tensor, self._dtype, head_dim)
-                parts = read_affine(self.path, tensor, form, self._dtype, head_dim)
+                parts = read_affine(self.path, tensor, scheme, self._dtype, head_dim)
             self._taken = (path, parts)
         return parts.pop(part)
 
@@ -246,21 +279,33 @@ def _check_tensors(tensors: dict[str, Tensor], dims: dict[str, int], tied: bool)
     return {f"{source}.weight": f"{name}.weight" for source, (name, _) in table.items()}
 
 
-def _forms(tensors: dict[str, Tensor]) -> dict[str, Form]:
-    """Path of each matrix that stays quantised, without ``.weight``; vectors become floats."""
+def _schemes(tensors: dict[str, Tensor]) -> dict[str, SourceScheme]:
+    """Path, without ``.weight``, of each matrix that stays quantised; vectors become floats."""
     found = {
-        name.removesuffix(".weight"): find_form(tensor.type)
+        name.removesuffix(".weight"): source_scheme(tensor.type)
         for name, tensor in tensors.items()
         if len(tensor.shape) == 2
     }
-    return {path: form for path, form in found.items() if form}
+    return {path: scheme for path, scheme in found.items() if scheme}
 
 
-def _quantization(forms: dict[str, Form]) -> dict[str, Any]:
-    """mlx-lm's: what most matrices have, and by path what the others have."""
-    configs = {path: form.to_config() for path, form in forms.items()}
-    (bits, group), _ = Counter((s.bits, s.group) for s in forms.values()).most_common(1)[0]
-    most = Form(bits, anew=False, group=group).to_config()
+def _requantised(
+    tensors: dict[str, Tensor], schemes: dict[str, SourceScheme]
+) -> dict[str, tuple[int, int, int]]:
+    """See ``CheckpointFacts``."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for path, scheme in schemes.items():
+        if scheme.requantised:
+            kind = tensors[f"{path}.weight"].type.name
+            found[kind] = (found.get(kind, (0,))[0] + 1, scheme.bits, scheme.group)
+    return found
+
+
+def _quantisation(schemes: dict[str, SourceScheme]) -> dict[str, Any]:
+    """mlx-lm's dict: the scheme that most matrices have, and by path the others."""
+    configs = {path: scheme.to_config() for path, scheme in schemes.items()}
+    (bits, group), _ = Counter((s.bits, s.group) for s in schemes.values()).most_common(1)[0]
+    most = SourceScheme(bits, requantised=False, group=group).to_config()
     return most | {path: config for path, config in configs.items() if config != most}
 
 

@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 
 from mlx_flash.errors import DamagedError, ModelError, ReadError
 
-from .block_formats import Form, to_affine
+from .block_formats import SourceScheme, to_affine
 from .header import Tensor
 
 BLOCK_BYTES = 4 << 20  # of float32 values; the library's working copies are several times that
@@ -42,12 +42,12 @@ def read_floats(path: Path, tensor: Tensor, dtype: mx.Dtype, head_dim: int = 0) 
 
 
 def read_affine(
-    path: Path, tensor: Tensor, form: Form, dtype: mx.Dtype, head_dim: int = 0
+    path: Path, tensor: Tensor, scheme: SourceScheme, dtype: mx.Dtype, head_dim: int = 0
 ) -> dict[str, mx.array]:
     """The evaluated ``weight`` (packed), ``scales`` and ``biases``; the same ``head_dim``."""
     outs = {
         part: mx.zeros(shape, dtype=mx.uint32 if part == "weight" else dtype)
-        for part, shape in affine_shapes(tensor, form).items()
+        for part, shape in affine_shapes(tensor, scheme).items()
     }
     for start, raw in _blocks(path, tensor, head_dim):
         for (part, out), block in zip(outs.items(), to_affine(raw, tensor.type), strict=True):
@@ -59,10 +59,10 @@ def read_affine(
     return outs
 
 
-def affine_shapes(tensor: Tensor, form: Form) -> dict[str, tuple[int, ...]]:
+def affine_shapes(tensor: Tensor, scheme: SourceScheme) -> dict[str, tuple[int, ...]]:
     rows, columns = tensor.shape
-    groups = (rows, columns // form.group)
-    return {"weight": (rows, columns * form.bits // 32), "scales": groups, "biases": groups}
+    groups = (rows, columns // scheme.group)
+    return {"weight": (rows, columns * scheme.bits // 32), "scales": groups, "biases": groups}
 
 
 def _check_range(values: mx.array, what: str, dtype: mx.Dtype) -> None:

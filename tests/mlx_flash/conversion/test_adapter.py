@@ -150,7 +150,7 @@ def test_quantising_an_adapted_model(tmp_path, checkpoint, adapter):
     (floats / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(
         str(floats / "model.safetensors"),
-        applied.apply_all(applied.with_added(weights_of(checkpoint))),
+        applied.adapt_all(weights_of(checkpoint)),
         {"format": "mlx"},
     )
     asked = {"quantize": True, "q_bits": 4, "q_group_size": 32}
@@ -249,7 +249,7 @@ def test_an_unknown_name_lists_those_that_ship(tmp_path, checkpoint, capsys):
     arguments = ["convert", "--model", str(checkpoint), "--mlx-path", str(tmp_path / "out")]
     assert cli.main([*arguments, "--adapter", "no-such"]) == 2
     assert "no such adapter: 'no-such'" in (said := capsys.readouterr().err)
-    assert all(name in said for name in adapters.shipped())
+    assert all(name in said for name in adapters.shipped_adapters())
 
 
 def test_the_command_line(tmp_path, checkpoint, adapter, capsys):

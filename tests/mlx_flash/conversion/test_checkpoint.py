@@ -13,8 +13,8 @@ from mlx_lm import utils
 from support.checkpoints import edit_config, edit_weights
 from support.tiny import make_checkpoint
 
-from mlx_flash import cli
-from mlx_flash.conversion.checkpoint import Packing
+from mlx_flash import cli, load
+from mlx_flash.conversion.checkpoint import RequestedFormat
 from mlx_flash.conversion.convert import convert
 from mlx_flash.conversion.huggingface import HFCheckpoint
 from mlx_flash.conversion.open_checkpoint import open_checkpoint
@@ -138,7 +138,7 @@ def test_letters_of_gguf(tmp_path, capsys):
 
 def test_unknown_dtype(source):
     with pytest.raises(ModelError, match="'int8' is not one of float16, bfloat16, float32"):
-        open_checkpoint(source, Packing("int8"))
+        open_checkpoint(source, RequestedFormat("int8"))
 
 
 # config.json
@@ -466,10 +466,19 @@ def test_infinity_stays(tmp_path):
     source = make_checkpoint(tmp_path / "hf", "llama", "float32", layers=2)
 
     def change(weights):
-        weights["model.norm.weight"] = mx.full((64,), float("inf"))
+        norm = weights["model.norm.weight"]
+        weights["model.norm.weight"] = mx.where(mx.arange(64) == 5, float("-inf"), norm)
+        up = weights["model.layers.1.mlp.up_proj.weight"]
+        weights["model.layers.1.mlp.up_proj.weight"] = mx.where(up == up[3, 7], float("inf"), up)
 
     edit_weights(source, change)
-    convert(source, tmp_path / "out", dtype="float16")
+    out = convert(source, tmp_path / "out", dtype="float16")
+    norm = mx.load(str(out / "model.safetensors"))["model.norm.weight"]
+    assert norm.dtype == mx.float16
+    assert norm[5].item() == float("-inf") and mx.isinf(norm).sum().item() == 1
+    model, _ = load(out, use_flash=False)
+    up = model.layers[1].mlp.up_proj.weight
+    assert up[3, 7].item() == float("inf") and mx.isinf(up).sum().item() == 1
 
 
 def test_names_and_shapes_are_those_of_mlx_lm(source):

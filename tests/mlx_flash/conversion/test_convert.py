@@ -232,6 +232,17 @@ def test_side_files(source, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", writing.CALIBRATION)
+def test_files_that_calibration_writes_are_not_taken_over(source, tmp_path, name):
+    """Hashed with the conversion, they would count as damage once calibrate had replaced them."""
+    (source / name).write_text("of the checkpoint")
+    out = convert(source, tmp_path / "out")
+    assert not (out / name).exists()
+    if not name.endswith((".safetensors", ".json")):  # those have to be true to their format
+        (out / name).write_text("of mlx_flash calibrate")
+    assert name not in ModelDirectory(out).files
+
+
 def test_tagged_floats_survive(source, tmp_path):
     """JSON has no infinity; transformers writes an object in its place."""
     config = json.loads((source / "config.json").read_text())

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from demos.smollm2 import find_smollm2
-from mlx_flash.conversion.checkpoint import Packing
+from mlx_flash.conversion.checkpoint import RequestedFormat
 from mlx_flash.conversion.gguf import block_formats
 from mlx_flash.conversion.gguf import tensors as tensors_module
 from mlx_flash.conversion.gguf import tokenizer as tokenizer_module
@@ -549,7 +549,7 @@ def test_kept_codes_give_the_files_values_to_the_bit(wide, kind):
         "bits": BITS[kind],
         "mode": "affine",
     }
-    assert source.requantised == {}
+    assert source.facts.requantised == {}
     in_float16 = GGUFCheckpoint(path)
     in_bfloat16 = GGUFCheckpoint(path, dtype="bfloat16")
     assert in_float16.config["torch_dtype"] == "float16"
@@ -573,12 +573,12 @@ def test_other_types_are_quantised_anew(wide, kind):
     source = GGUFCheckpoint(path)
     bits, bound = ANEW[kind]
     assert source.config["quantization"]["bits"] == bits
-    assert source.requantised == {kind: (len(tensors), bits, 32)}
+    assert source.facts.requantised == {kind: (len(tensors), bits, 32)}
     for name, expected in decoded(tensors).items():
         error = expand(source, name) - expected
         assert 0 < np.sqrt(np.mean(error**2) / np.mean(expected**2)) < bound
     floats = GGUFCheckpoint(path, dtype="float32", dequantize=True)
-    assert floats.requantised == {} and "quantization" not in floats.config
+    assert floats.facts.requantised == {} and "quantization" not in floats.config
     name = "model.layers.1.self_attn.q_proj.weight"
     assert np.array_equal(np.array(floats.take(name)), decoded(tensors)[name])
 
@@ -602,7 +602,7 @@ def test_types_differ_inside_a_file(wide, tmp_path):
         "mode": "affine",
         **dict.fromkeys(["model.embed_tokens", *paths], eight),
     }
-    assert source.requantised == {"Q6_K": (3, 8, 32)}
+    assert source.facts.requantised == {"Q6_K": (3, 8, 32)}
     assert source.shapes["model.layers.0.mlp.down_proj.weight"] == (256, 512 * 8 // 32)
     assert source.shapes["model.layers.0.mlp.up_proj.weight"] == (512, 256 * 4 // 32)
     assert source.shapes["model.layers.0.mlp.up_proj.scales"] == (512, 256 // 32)
@@ -734,8 +734,8 @@ def test_rows_that_are_no_whole_blocks(make):
 
 def test_open_checkpoint_passes_it_on(make):
     path = make("Q4_0")
-    assert "quantization" in open_checkpoint(path, Packing(dequantize=False)).config
-    assert "quantization" not in open_checkpoint(path, Packing(dequantize=True)).config
+    assert "quantization" in open_checkpoint(path, RequestedFormat(dequantize=False)).config
+    assert "quantization" not in open_checkpoint(path, RequestedFormat(dequantize=True)).config
 
 
 # ---------------------------------------------------------------- rope
@@ -867,7 +867,7 @@ def test_files_that_are_no_gguf(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ModelError, match=message):
             GGUFCheckpoint(path)
-    with pytest.raises(ModelError, match="dtype 'int4' is none of"):
+    with pytest.raises(ModelError, match="dtype 'int4' is not one of"):
         GGUFCheckpoint(path, dtype="int4")
 
 
@@ -1102,7 +1102,7 @@ def test_smollm2_quantised(smollm2, tmp_path):
         "model.embed_tokens": {"group_size": 32, "bits": 8, "mode": "affine"},
     }
     assert len(source.shapes) == 272 + 2 * 211
-    assert source.requantised == {}
+    assert source.facts.requantised == {}
     model, found = stock_logits(source, tmp_path / "quantised")
     plain = GGUFCheckpoint(smollm2, dtype="float32", dequantize=True)
     expected = logits(plain.config, {name: plain.take(name) for name in plain.shapes})

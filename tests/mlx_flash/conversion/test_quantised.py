@@ -26,15 +26,15 @@ from support.trained import greedy as continued
 from support.trained import logits as piecewise
 
 from mlx_flash.calibration.calibrate import calibrate
-from mlx_flash.conversion.checkpoint import Packing
+from mlx_flash.conversion.checkpoint import CheckpointFacts, RequestedFormat
 from mlx_flash.conversion.convert import convert
+from mlx_flash.conversion.model_spec import ModelSpec
 from mlx_flash.conversion.row_plan import plan_rows, raw
 from mlx_flash.errors import CalibrationError, ModelError, PredictorError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import families
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import FAMILIES, find, projections, rowwise
-from mlx_flash.models.mixtures import find_mixture
 from mlx_flash.models.quantized_rows import QuantScheme
 from mlx_flash.models.registry import get_classes, make_model
 from mlx_flash.runtime.load import load, load_model
@@ -463,8 +463,11 @@ class Shapes:
     config: dict
     shapes: dict
     dtypes: dict
-    row_scheme: QuantScheme | None = None
-    predictors: dict = field(default_factory=dict)
+    facts: CheckpointFacts = field(default_factory=CheckpointFacts)
+
+    @property
+    def spec(self):
+        return ModelSpec.of(self.config, Path("config"))
 
 
 def packed_shapes(shapes, scheme, dtype):
@@ -486,7 +489,7 @@ def test_bytes_of_neurons():
     gates = {f"{path}.{name}_proj.weight": (8, 2048) for name in ("gate", "up")}
     shapes, kinds = packed_shapes(gates, scheme, mx.bfloat16)
     shapes[f"{path}.down_proj.weight"], kinds[f"{path}.down_proj.weight"] = (2048, 8), mx.bfloat16
-    plan = plan_rows(Shapes(config, shapes, kinds, scheme), find(config), None)
+    plan = plan_rows(Shapes(config, shapes, kinds, CheckpointFacts(row_scheme=scheme)))
     assert plan.unit == "neuron"
     ideal = 3 * 2048 * 4.5 / 8
     assert plan.layouts[0].ideal_bytes == ideal
@@ -508,7 +511,7 @@ def test_bytes_of_experts(d_model, d_expert):
     floats = {f"{path}.{n}_proj.weight": (count, d_expert, d_model) for n in ("gate", "up")}
     floats[f"{path}.down_proj.weight"] = (count, d_model, d_expert)
     shapes, kinds = packed_shapes(floats, scheme, mx.bfloat16)
-    plan = plan_rows(Shapes(config, shapes, kinds), None, find_mixture(config))
+    plan = plan_rows(Shapes(config, shapes, kinds))
     assert plan.unit == "expert"
     ideal = 3 * d_model * d_expert * 4.5 / 8
     assert plan.layouts[0].ideal_bytes == ideal
@@ -693,7 +696,7 @@ def test_recipes_that_do_not_fit(source, tmp_path):
 def test_quantise_or_dequantise(source, tmp_path):
     assert "not both" in refused(source, tmp_path, quantize=True, dequantize=True)
     with pytest.raises(ModelError, match="'int8' is not one of"):
-        Packing("int8")
+        RequestedFormat("int8")
 
 
 @pytest.mark.parametrize("predictor", ["gate", "up", "low-rank", "threshold"])

@@ -10,7 +10,7 @@ from support.tiny import make_checkpoint
 
 from mlx_flash.calibration import probes
 from mlx_flash.conversion.convert import convert
-from mlx_flash.conversion.turbosparse import fold, shipped
+from mlx_flash.conversion.turbosparse import fold, predictor_tensors
 from mlx_flash.errors import ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
@@ -58,8 +58,8 @@ def test_which_tensors():
         "model.layers.1.post_attention_layernorm.weight": mx.ones((WIDTH,)),
         "model.norm.weight": mx.ones((WIDTH,)),
     }
-    assert shipped(tensors | others).keys() == tensors.keys()
-    assert shipped(others) == {}
+    assert predictor_tensors(tensors | others).keys() == tensors.keys()
+    assert predictor_tensors(others) == {}
     assert [layer.kind for layer in fold(tensors, 3, mx.float16)] == [
         "low-rank",
         "none",

@@ -66,7 +66,7 @@ def test_mixture(model_type, tmp_path, monkeypatch):
     mixture = mixtures.find_mixture(config)
     assert mixture is MIXTURES[model_type]
     found = mixtures.modules(model, mixture)
-    mixtures.check_counts(config, mixture, found)
+    mixtures.check_counts(config, mixture, mixtures.counts_of(found, mixture))
     named = dict(model.named_modules())
     switches = {p for p, m in named.items() if isinstance(m, SwitchGLU | SwitchMLP)}
     assert {path for _, path, _ in found} == switches
@@ -136,7 +136,7 @@ def test_quantised(model_type, bits, group_size, mode, tmp_path):
     load_tokenizer(path)
     mixture = mixtures.find_mixture(config)
     found = mixtures.modules(model, mixture)
-    mixtures.check_counts(config, mixture, found)
+    mixtures.check_counts(config, mixture, mixtures.counts_of(found, mixture))
     for _, _, module in found:
         for name in mixture.projections:
             linear = module[name]
@@ -195,7 +195,8 @@ def test_projections_may_differ_in_bits(tmp_path):
     path = tiny_mixtures.quantised(tmp_path / "in", tmp_path / "out", 4, 64)
     model, config = load_model(path)
     found = mixtures.modules(model, mixtures.find_mixture(config))
-    mixtures.check_counts(config, MIXTURES["granitemoe"], found)
+    mixture = MIXTURES["granitemoe"]
+    mixtures.check_counts(config, mixture, mixtures.counts_of(found, mixture))
     assert {(m.up_proj.bits, m.down_proj.bits) for _, _, m in found} == {(4, 8)}
 
 
@@ -234,7 +235,9 @@ def test_wrong_counts_are_errors(tmp_path):
     mixture = mixtures.find_mixture(config)
     found = mixtures.modules(model, mixture)
     with pytest.raises(ModelError, match=r"says 9 experts, but model\.layers\.0\..* has 8, .*3\."):
-        mixtures.check_counts(config | {"num_experts": 9}, mixture, found)
+        mixtures.check_counts(
+            config | {"num_experts": 9}, mixture, mixtures.counts_of(found, mixture)
+        )
 
 
 @pytest.mark.parametrize(
