@@ -23,6 +23,7 @@ from mlx_flash.conversion import convert as convert_module
 from mlx_flash.conversion import row_plan
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import ConvertError, DamagedError, ModelError
+from mlx_flash.model_directory import writing
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.storage.row_writer import RowFileWriter
 
