@@ -31,8 +31,9 @@ from mlx_flash.predictors.fitting import Fitted, Fitter
 from mlx_flash.predictors.predictor_file import Predictors
 from mlx_flash.storage.reader import RowReader
 
-from . import probes, recordings, report
+from . import probes, recordings, report_files
 from .experts import measure
+from .neurons import report
 from .neurons.perplexity_search import Checked, PerplexitySearch
 from .neurons.training_data import RecordedModel
 from .settings import Settings, check_settings
@@ -266,6 +267,6 @@ class Calibration(TextRun):
             [layer for layer, _ in checked.layers],
             report.measured(found),
         )
-        report.write(self.directory.path, found)
+        report_files.write(self.directory.path, found, report.table, report.draw)
         predictor_file.write(self.directory.path / predictor_file.NAME, predictors)
         return found

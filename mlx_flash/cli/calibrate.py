@@ -78,9 +78,9 @@ def run_calibrate(args: argparse.Namespace) -> int:
         parse_ram(args.ram)
     from tqdm import tqdm
 
-    from mlx_flash.calibration import report
     from mlx_flash.calibration.calibrate import calibrate
-    from mlx_flash.calibration.experts import report as report_module
+    from mlx_flash.calibration.experts import report as expert_report
+    from mlx_flash.calibration.neurons import report
 
     with tqdm(desc="calibrate", disable=None) as bar:
         at: tuple[str, int] = ("", 0)
@@ -110,6 +110,6 @@ def run_calibrate(args: argparse.Namespace) -> int:
             progress=progress,
         )
     mixture = found["settings"]["kind"] == "experts"
-    print((report_module if mixture else report).table(found), end="")
+    print((expert_report if mixture else report).table(found), end="")
     print(f"Saved {'demand' if mixture else 'predictors'} and report in {args.model}")
     return 0

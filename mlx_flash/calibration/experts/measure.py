@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_flash.calibration import recordings, report
+from mlx_flash.calibration import recordings, report_files
 from mlx_flash.calibration.text import CalibrationText
 from mlx_flash.calibration.text_run import (
     Progress,
@@ -33,8 +33,7 @@ from mlx_flash.models import mixtures
 from mlx_flash.runtime.memory_requirements import paging_requirements
 
 from . import figures as figures_module
-from . import report as report_module
-from . import trace
+from . import report, trace
 from .figures import Asked
 
 FORMAT_VERSION = 1
@@ -159,16 +158,16 @@ class Measurement(TextRun):
 
     def _write(self, figures: list[dict[str, Any]], splits: dict[str, Any]) -> dict[str, Any]:
         """The report, then the file."""
-        found = report_module.build(
+        found = report.build(
             self.directory, asdict(self.settings), self.text, figures, splits, self.seconds
         )
         demand = ExpertDemand(
             self.directory.rows.fingerprint,
             found["used"] == "measured",
             tuple(tuple(layer["misses"]) for layer in figures),
-            report_module.measured(found),
+            report.measured(found),
         )
         path = self.directory.path
-        report.write(path, found, report_module.table, report_module.draw)
+        report_files.write(path, found, report.table, report.draw)
         expert_demand_file.write(path / expert_demand_file.NAME, demand)
         return found

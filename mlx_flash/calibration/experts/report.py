@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_flash import __version__
-from mlx_flash.calibration.report import PLOT, panels
+from mlx_flash.calibration.report_files import PLOT, panels
 from mlx_flash.calibration.text import CalibrationText
 from mlx_flash.model_directory.directory import ModelDirectory
 

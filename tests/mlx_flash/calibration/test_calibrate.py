@@ -19,10 +19,10 @@ from mlx_lm import utils
 from support.tiny import make_checkpoint
 
 from mlx_flash import cli
-from mlx_flash.calibration import probes, recordings, report, text_run
+from mlx_flash.calibration import probes, recordings, report_files, text_run
 from mlx_flash.calibration import text as text_module
 from mlx_flash.calibration.calibrate import calibrate
-from mlx_flash.calibration.neurons import low_rank_fit
+from mlx_flash.calibration.neurons import low_rank_fit, report
 from mlx_flash.calibration.neurons.low_rank_fitter import LowRankFitter
 from mlx_flash.common.platform import current_platform
 from mlx_flash.conversion.convert import convert
@@ -126,19 +126,22 @@ def test_a_trained_model_meets_its_targets(opt, opt_report):
 
 
 def test_the_report_is_written_for_programs_and_people(opt, opt_report):
-    assert json.loads((opt / report.JSON).read_text()) == opt_report
-    table = (opt / report.TABLE).read_text()
+    assert json.loads((opt / report_files.JSON).read_text()) == opt_report
+    table = (opt / report_files.TABLE).read_text()
     assert f"{opt_report['perplexity']['held_out']['predicted']:.3f}" in table
     assert sum(" KB " in line for line in table.splitlines()) >= 4
-    if opt_report["plot"] == report.PLOT:
-        assert (opt / report.PLOT).read_bytes().startswith(b"\x89PNG")
+    if opt_report["plot"] == report_files.PLOT:
+        assert (opt / report_files.PLOT).read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_rest_is_written(opt_report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    report.write(tmp_path, dict(opt_report))
-    assert sorted(file.name for file in tmp_path.iterdir()) == [report.JSON, report.TABLE]
-    assert "mlx-flash-rows[training]" in (tmp_path / report.TABLE).read_text()
+    report_files.write(tmp_path, dict(opt_report), report.table, report.draw)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        report_files.JSON,
+        report_files.TABLE,
+    ]
+    assert "mlx-flash-rows[training]" in (tmp_path / report_files.TABLE).read_text()
 
 
 def test_the_masked_perplexity_is_that_of_the_predictors_as_stored(opt, opt_report):
@@ -173,7 +176,7 @@ def test_interrupted_it_goes_on_and_ends_the_same(opt, opt_report, tmp_path, mon
     expected = (opt / NAME).read_bytes()
     model = tmp_path / "flash"
     subprocess.run(["cp", "-r", opt, model], check=True)
-    for file in (NAME, report.JSON, report.TABLE):
+    for file in (NAME, report_files.JSON, report_files.TABLE):
         (model / file).unlink()
 
     def strike(now, done, total):
@@ -430,7 +433,7 @@ def test_a_predictor_that_names_most_rows_is_left_out(tmp_path, words):
     assert [layer.kind for layer in predictors_of(model).layers] == ["none", "none"]
     assert found["perplexity"]["held_out"]["loss"] == 0.0
     assert found["total"]["predicted"] == found["total"]["rows"]
-    assert "whole" in (model / report.TABLE).read_text()
+    assert "whole" in (model / report_files.TABLE).read_text()
 
 
 def test_recalls_are_raised_until_the_perplexity_holds(opt_raised):
@@ -502,7 +505,7 @@ def test_command_line(tmp_path, words, capsys):
     args = ["calibrate", "--model", str(model), "--data", str(words), "--tokens", "1024"]
     assert cli.main([*args, "--rank", "48", "--target-recall", "0.9"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith((model / report.TABLE).read_text())
+    assert out.startswith((model / report_files.TABLE).read_text())
     assert [layer.rank for layer in predictors_of(model).layers] == [48, 48]
     assert cli.main(["verify", "--model", str(model)]) == 0
     assert cli.main([*args, "--sparsity", "2"]) == 2

@@ -14,7 +14,7 @@ from support.platforms import fix_memory
 from support.tiny_mixtures import make_mixture
 
 from mlx_flash import cli
-from mlx_flash.calibration import report
+from mlx_flash.calibration import report_files
 from mlx_flash.calibration.calibrate import calibrate
 from mlx_flash.calibration.experts import trace as trace_module
 from mlx_flash.calibration.experts.figures import (
@@ -351,11 +351,11 @@ class Spy(nn.Module):
 
 def test_report_and_file(calibrated):
     path, found = calibrated
-    assert json.loads((path / report.JSON).read_text()) == found
-    text = (path / report.TABLE).read_text()
+    assert json.loads((path / report_files.JSON).read_text()) == found
+    text = (path / report_files.TABLE).read_text()
     assert "by curves of misses" in text and "shared out by the curves" in text
-    if found["plot"] == report.PLOT:
-        assert (path / report.PLOT).read_bytes().startswith(b"\x89PNG")
+    if found["plot"] == report_files.PLOT:
+        assert (path / report_files.PLOT).read_bytes().startswith(b"\x89PNG")
     assert not any(map(is_temporary, path.iterdir()))
     assert not path.with_name(path.name + ".calibrating").exists()
     assert [layer["foretold"] is None for layer in found["layers"]] == [True, False, False]
@@ -381,7 +381,7 @@ def test_interrupted_it_goes_on(source, words, tmp_path, calibrated, monkeypatch
     monkeypatch.setattr(trace_module.Recorder, "run", stops)
     with pytest.raises(KeyboardInterrupt):
         calibrate(path, words, tokens=1024)
-    assert not (path / expert_demand_file.NAME).exists() and not (path / report.JSON).exists()
+    assert not (path / expert_demand_file.NAME).exists() and not (path / report_files.JSON).exists()
     found = calibrate(path, words, tokens=1024)
     total = found["text"]["train_tokens"] + found["text"]["validation_tokens"]
     total += found["text"]["held_out_tokens"]

@@ -14,7 +14,7 @@ from support.tiny import make_checkpoint
 from support.tiny_mixtures import make_mixture
 
 from mlx_flash import cli
-from mlx_flash.calibration.reorder import ordering, reorder
+from mlx_flash.calibration.reorder import ordering, reorder, rewriting
 from mlx_flash.calibration.reorder.resident_tensors import write_permuted
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import (
@@ -100,7 +100,7 @@ def content(path):
 
 
 def moved_rows(path):
-    tensors = mx.load(str(path / reorder.NAME))
+    tensors = mx.load(str(path / rewriting.NAME))
     return [np.array(tensors[f"layers.{i}.order"]) for i in range(len(tensors))]
 
 
@@ -320,21 +320,21 @@ def test_interrupted(copy, opt, monkeypatch, moment):
     before, calls = content(copy), []
     with monkeypatch.context() as patch:
         if moment == "a layer":
-            real = reorder.moved
+            real = rewriting.moved
 
             def moved(reader, layer, order):
                 if layer:
                     raise KeyboardInterrupt
                 return real(reader, layer, order)
 
-            patch.setattr(reorder, "moved", moved)
+            patch.setattr(rewriting, "moved", moved)
         elif moment == "files":
 
             def full(path, _):
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
             patch.setattr(
-                reorder, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, ""))
+                rewriting, "write_config", lambda *_: (_ for _ in ()).throw(OSError(28, ""))
             )
         else:
             real_rename = Path.rename

@@ -1,27 +1,24 @@
-"""The report of a calibration: JSON for programs, a table and a picture for people."""
+"""The report of predictors that were fitted: JSON for programs, a table, a picture."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_flash import __version__
-from mlx_flash.calibration.neurons.activity import WINDOWS
-from mlx_flash.calibration.neurons.training_data import WINDOW
-from mlx_flash.common.files import atomic_write, replacing
+from mlx_flash.calibration.report_files import PLOT, panels
+from mlx_flash.calibration.settings import Settings
+from mlx_flash.calibration.text import CalibrationText
 from mlx_flash.common.sizes import show
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import registry
 from mlx_flash.predictors.registry import WHOLE
 
-from .settings import Settings
-from .text import CalibrationText
+from .activity import WINDOWS
+from .training_data import WINDOW
 
 FORMAT_VERSION = 1
-JSON, TABLE, PLOT = "calibration.json", "calibration.txt", "calibration.png"
 TARGETS = {"target_recall": "recall", "sparsity": "sparsity"}  # see ``registry.Training``
 COLUMNS = {"rank": ("rank", "d"), "threshold": ("cut", ".4f")}  # figure -> heading, format
 SCORES = {
@@ -29,7 +26,6 @@ SCORES = {
     "scaled": "by |activation| times what a row adds per unit of it on average",
     "product": "by the row's true share (an oracle)",
 }
-NO_PLOT = "the picture needs matplotlib: pip install mlx-flash-rows[training]"
 
 
 def build(
@@ -103,28 +99,6 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(
-    path: Path,
-    report: dict[str, Any],
-    table_of: Callable[[dict[str, Any]], str] | None = None,
-    draw_in: Callable[[Any, dict[str, Any]], None] | None = None,
-) -> None:
-    """Write calibration.json, .txt and, where matplotlib is installed, .png.
-
-    Each file is written whole or not at all.
-
-    Args:
-        path: model directory.
-        report: from ``build`` or its like; "plot" is set in it.
-        table_of: report -> text; default that of predictors.
-        draw_in: draws a report in a matplotlib figure; default the picture of predictors.
-    """
-    report["plot"] = PLOT if plot(path / PLOT, report, draw_in or draw) else NO_PLOT
-    shown = (table_of or table)(report)
-    for name, text in ((JSON, json.dumps(report, indent=2) + "\n"), (TABLE, shown)):
-        atomic_write(path / name, text)
-
-
 def table(report: dict[str, Any]) -> str:
     """The report for people, as plain text."""
     settings, text, total = report["settings"], report["text"], report["total"]
@@ -187,34 +161,6 @@ def _layer_table(layers: Sequence[dict[str, Any]], column: str) -> list[str]:
             f"{show(layer['predictor_bytes']):>9}  {fresh}"
         )
     return lines
-
-
-def plot(
-    file: Path, report: dict[str, Any], draw_in: Callable[[Any, dict[str, Any]], None]
-) -> bool:
-    """Save the picture; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(layout="constrained")
-    draw_in(figure, report)
-    with replacing(file) as temporary:
-        figure.savefig(temporary, dpi=100)
-    return True
-
-
-def panels(figure: Any, count: int) -> list[Any]:
-    """Axes for ``count`` small pictures, four in a row."""
-    columns = min(4, count)
-    rows = -(-count // columns)
-    figure.set_size_inches(3.6 * columns, 2.8 * rows + 0.5)
-    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    for axis in axes:
-        axis.tick_params(labelsize=7)
-    return list(axes)
 
 
 def draw(figure: Any, report: dict[str, Any]) -> None:
