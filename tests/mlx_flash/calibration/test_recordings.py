@@ -8,7 +8,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.power import PowerLoss
+from support.disks import PowerLoss
 
 from mlx_flash import cli
 from mlx_flash.calibration import recordings
