@@ -173,8 +173,8 @@ def loss(model: nn.Module, tokens: np.ndarray, chunk: int) -> float:
         mx.eval([c.state for c in cache])
     if not math.isfinite(total):
         raise CalibrationError(
-            f"the model's loss on the calibration text is {total}: its weights or its float type "
-            "cannot hold its numbers; convert it again, with another --dtype"
+            f"the model's loss on the calibration text is {total}: its weights are damaged or "
+            "its float type is too narrow; convert it again, with another --dtype"
         )
     return total
 

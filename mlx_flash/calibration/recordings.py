@@ -1,12 +1,10 @@
 """What a model's FFNs do on a text, written to disk while the model runs, read back layer by layer.
 
-``DIR.calibrating`` beside the model directory holds one file per layer, part of the text and kind:
-``x`` (what the projections take), ``active`` (one bit per row), ``h`` and ``gate`` (validation
-only). A state file says how much of each is good; after a kill the next run cuts the rest off and
-goes on behind it. Memory is one chunk of one layer, whatever the number of tokens.
-
-Knows: files, bits, the lock. Does not know: what is fitted to them. (Deja Vu and LLM in a flash,
-section 3.1, train their predictors on such recordings.)
+``DIR.calibrating`` beside the model directory holds one file for each layer, part of the text and
+quantity: ``x`` (input of the projections), ``active`` (one bit a row), ``gate`` and ``h`` (see
+``probes.Seen``). A state file says how many bytes of each are complete; after a kill the next run
+cuts the rest off and goes on behind it. Memory is one chunk of one layer, whatever the number of
+tokens. Deja Vu and LLM in a flash (section 3.1) train their predictors on such recordings.
 """
 
 from __future__ import annotations
@@ -70,7 +68,11 @@ def remove(path: Path) -> None:
 
 
 def disk_bytes(directory: ModelDirectory, records: Records, tokens: dict[str, int]) -> int:
-    """Bytes that recording so many tokens of each part of the text takes on disk."""
+    """Bytes that recording takes on disk.
+
+    Args:
+        tokens: part of the text -> its number of tokens.
+    """
     item = directory.dtype.size
     total = 0
     for layer in directory.rows.layers:
@@ -122,9 +124,9 @@ class Recorder:
         mx.eval(seen.x, seen.gate, seen.h, finite)
         if not finite.item():
             raise CalibrationError(
-                f"layer {seen.layer} gives numbers that are infinite or none at all on the "
-                "calibration text: its weights or its float type do not hold; nothing was "
-                "written; convert the model again, with another --dtype"
+                f"layer {seen.layer} gives infinities or NaN on the calibration text: its weights "
+                "are damaged or its float type is too narrow; nothing was written; convert the "
+                "model again, with another --dtype"
             )
         if SQUARES in kinds and seen.up is not None:
             self._add_squares(seen)
