@@ -159,7 +159,10 @@ class Calibration(TextRun):
         """(the model, tokens of a chunk whose logits fit), ``reserve`` bytes of the budget left."""
         reserve += probes.logits_bytes(self.directory)
         with self.model(reserve, "logits and predictors") as model:
-            yield model, probes.chunk_size(self.directory, model.flash.plan.step)
+            try:
+                yield model, probes.chunk_size(self.directory, model.flash.plan.step)
+            finally:
+                del model  # or it would outlive the collection at its end
 
     def _record(self) -> recordings.Recorder:
         """Run the model over the text, and write what its FFNs do."""
