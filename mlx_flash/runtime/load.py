@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
+from mlx_lm.models.cache import KVCache
 from transformers import PreTrainedConfig
 
 from mlx_flash.common.platform import current_platform
@@ -29,8 +30,10 @@ from mlx_flash.paging.policies import DEFAULT_POLICY
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
 
+from .foreign_errors import foreign_errors
+from .kv_policy import DEFAULT_KV, KVPolicy
 from .memory_plan import plan_for
-from .memory_requirements import foreign_errors, memory_requirements
+from .memory_requirements import memory_requirements
 from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
 from .pagers import back_end
@@ -48,6 +51,7 @@ def load(
     window: int | None = None,
     cache_share: float | None = None,
     lookahead: bool | None = None,
+    kv: str = DEFAULT_KV,
 ) -> tuple[nn.Module, Any]:
     """Load a model directory for mlx_lm's ``generate``, ``stream_generate``, ``make_prompt_cache``.
 
@@ -74,6 +78,8 @@ def load(
         lookahead: whether to read ahead what the next layer's low-rank predictor names, or, of
             mixtures, what its router would choose; None takes the default: yes for predictors, no
             for mixtures.
+        kv: how keys and values of past tokens are kept: "plain", as mlx-lm does; "rotating:4096",
+            the last so many tokens; "quantized:8", in so many bits.
 
     With a budget MLX's own buffer cache is limited, too, for the whole process, until
     ``model.flash.close()`` or the model's end. The model may be used by several threads in turn,
@@ -94,6 +100,7 @@ def load(
         lookahead=lookahead,
         kept_share=kept_share,
         cache_share=cache_share,
+        kv=kv,
     )
     directory = ModelDirectory(path)
     tokenizer = load_tokenizer(directory)
@@ -178,6 +185,21 @@ def _classes(config: dict[str, Any], flash: PagedModel) -> tuple[type, type]:
             cache = kwargs.pop("cache", None)
             return flash.call(super().__call__, inputs, cache, kwargs)
 
+    if flash.options.kv != DEFAULT_KV:
+        _cache_by(FlashModel, base, flash.kv)
     FlashModel.__name__ = FlashModel.__qualname__ = base.__name__
     FlashModel.__module__ = base.__module__
     return FlashModel, args_class
+
+
+def _cache_by(model_class: type, base: type, kv: KVPolicy) -> None:
+    """Let mlx-lm's ``make_prompt_cache`` of such models make a policy's caches."""
+
+    def plain(model: nn.Module) -> list[Any]:
+        return [KVCache() for _ in model.layers]
+
+    def make_cache(model: nn.Module) -> list[Any]:
+        return kv.make_cache(model)
+
+    model_class.own_cache = getattr(base, "make_cache", plain)
+    model_class.make_cache = make_cache

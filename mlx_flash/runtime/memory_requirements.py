@@ -9,22 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.common.platform import current_platform
-from mlx_flash.errors import FlashError, ModelError
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models import mixtures
 from mlx_flash.models.quantized_rows import without
-from mlx_flash.models.registry import make_model
 from mlx_flash.paging import flash_embedding
 from mlx_flash.paging.row_stream import chunk_rows
 from mlx_flash.paging.row_weights import CHUNK_BYTES
@@ -33,16 +28,16 @@ from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import RowReader
 
 from .cache_limit import MLX_CACHE
+from .kv_policy import LONGEST_CHUNK, make_kv_policy
 from .options import PagingOptions
 from .slot_allocation import allocate_slots
 
 BUFFERS = 2  # of layers that are streamed
 DEFAULT_CONTEXT = 2048
-KV_STEP = 256  # mlx-lm's KV caches grow by 256 tokens
 LEAST_SHARE = 50  # a layer's cache holds at least 1/50 of its rows
 MIN_STEP = 16
 RESIDENT_STEP = 128
-MAX_STEP = 2048  # mlx-lm's own prefill step
+MAX_STEP = LONGEST_CHUNK
 SLACK = 20 << 20
 SLACK_SHARE = 0.02  # of the resident weights: allocators round up
 ROWS_SLACK_SHARE = 0.005  # of the rows, which are few large arrays
@@ -178,22 +173,6 @@ class PagingRequirements:
         )
 
 
-@contextmanager
-def foreign_errors(
-    directory: ModelDirectory, what: str = "its config.json or weights"
-) -> Iterator[None]:
-    """Turn any error of mlx-lm's code, which these files drive, into one that names them."""
-    try:
-        yield
-    except (FlashError, MemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{directory.path} cannot be loaded, {what} were changed: "
-            f"{type(error).__name__}: {error}; convert the model again"
-        ) from error
-
-
 def memory_requirements(
     directory: ModelDirectory,
     reader: RowReader,
@@ -208,7 +187,7 @@ def memory_requirements(
     options = options or PagingOptions()
     context = options.context or default_context(directory)
     layers = directory.rows.layers
-    kv_cache = kv_bytes(directory, context)
+    kv_cache = make_kv_policy(options.kv, directory).bytes(context)
     gc.collect()  # what a closed model held goes to MLX's cache first
     mx.clear_cache()
     system = current_platform()
@@ -272,48 +251,6 @@ def paging_requirements(
         experts=directory.mixture is not None,
         curves=curves,
     )
-
-
-def kv_bytes(directory: ModelDirectory, context: int) -> int:
-    """Bytes of the KV cache for ``context`` tokens.
-
-    A forward pass of one token is built but never evaluated; the shapes of its caches tell.
-    """
-    with foreign_errors(directory):
-        model = make_model(directory.config)
-        model.set_dtype(directory.dtype)
-        cache = make_prompt_cache(model)
-        model(mx.zeros((1, 1), mx.int32), cache=cache)
-    sizes = [_cache_bytes(leaf, context) for leaf in _leaves(cache)]
-    return sum(sizes) + max(sizes, default=0)  # a layer's cache is copied as it grows
-
-
-def _cache_bytes(leaf: Any, context: int) -> int:
-    keys = getattr(leaf, "keys", None)
-    if not isinstance(keys, mx.array) or keys.ndim != 4:
-        return sum(a.nbytes for _, a in tree_flatten(leaf.state) if isinstance(a, mx.array))
-    tokens = (context // KV_STEP + 1) * KV_STEP
-    if window := getattr(leaf, "max_size", None):
-        tokens = min(tokens, window + MAX_STEP)  # a chunk goes in before the window is cut
-    return tokens * sum(a.nbytes // a.shape[2] for a in (keys, leaf.values))
-
-
-def _leaves(cache: Any) -> Iterator[Any]:
-    """The caches of a prompt cache, those inside a CacheList one by one."""
-    for entry in cache or ():
-        inner = getattr(entry, "caches", None)
-        yield from _leaves(inner) if inner is not None else (entry,)
-
-
-def tokens_in(cache: Any) -> int:
-    """Tokens in a prompt cache; of a batch, in its longest row."""
-    for leaf in _leaves(cache):
-        offset = getattr(leaf, "offset", None)
-        if isinstance(offset, int):
-            return offset
-        if isinstance(offset, mx.array):
-            return max(0, int(offset.max().item()))
-    return 0
 
 
 def _workspace(directory: ModelDirectory, context: int, step: int) -> int:

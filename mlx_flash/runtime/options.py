@@ -15,6 +15,8 @@ from mlx_flash.common.sizes import parse_ram
 from mlx_flash.errors import BudgetError, CacheError
 from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, make_policy
 
+from .kv_policy import DEFAULT_KV, check_kv
+
 
 @dataclass(frozen=True)
 class PagingOptions:
@@ -30,6 +32,8 @@ class PagingOptions:
         policy: which rows leave the cache, as ``make_policy`` takes it: "lfu", "lru", "window",
             "window:8".
         lookahead: whether to read ahead for the next layer; None takes the unit's default.
+        kv: how keys and values of past tokens are kept, as ``make_kv_policy`` takes it: "plain",
+            "rotating:4096" (tokens), "quantized:8" (bits).
         kept_share: for experiments, the share of layers whose rows are all kept (0 to 1), instead
             of what the budget would buy; nothing is predicted then.
         cache_share: for experiments, the share of every layer's rows that the cache holds (above
@@ -37,7 +41,7 @@ class PagingOptions:
 
     Raises:
         BudgetError: a size or a share out of range, or shares that contradict each other.
-        CacheError: no such policy, or one that leaves no room to read ahead.
+        CacheError: no such policy of either kind, or one that leaves no room to read ahead.
     """
 
     ram: int | None = None
@@ -46,6 +50,7 @@ class PagingOptions:
     predictor: str = "auto"
     policy: str = DEFAULT_POLICY
     lookahead: bool | None = None
+    kv: str = DEFAULT_KV
     kept_share: float | None = None
     cache_share: float | None = None
 
@@ -58,6 +63,7 @@ class PagingOptions:
         if self.context is not None and self.context < 1:
             raise BudgetError(f"a context is at least one token, got {self.context}")
         policy = make_policy(self.policy, 1)
+        check_kv(self.kv)
         if self.kept_share is not None and not 0 <= self.kept_share <= 1:
             raise BudgetError(f"kept_share is a share from 0 to 1, got {self.kept_share}")
         if self.cache_share is not None and not 0 < self.cache_share <= 1:

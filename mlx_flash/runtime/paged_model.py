@@ -25,8 +25,8 @@ from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import ReadStats, RowReader
 
 from .cache_limit import limit_cache
+from .kv_policy import make_kv_policy
 from .memory_plan import Plan
-from .memory_requirements import tokens_in
 from .options import PagingOptions
 from .pagers.choose import make_pager
 
@@ -82,6 +82,7 @@ class PagedModel:
         self.pager = make_pager(
             directory, plan, reader, self._counters, self.selection, policies, self.lookahead
         )
+        self.kv = make_kv_policy(options.kv, directory)
         self.max_tokens: int | None = None
         self._ram = 0
         self._release: Callable[[], object] = lambda: None
@@ -180,10 +181,11 @@ class PagedModel:
         """
         batch, length = inputs.shape[:2]
         step = max(1, self.plan.step // batch)
+        whole = bool(extra) or not cache or length <= step
         with self._lock:
-            self._check_context(cache, batch, length)
+            self._check_context(cache, batch, length, length if whole else step)
             try:
-                if extra or not cache or length <= step:
+                if whole:
                     return self._counted(forward, inputs, cache, extra)
                 outputs = []
                 for start in range(0, length, step):
@@ -203,10 +205,11 @@ class PagedModel:
         self._forwards += 1
         return output
 
-    def _check_context(self, cache: Any, batch: int, length: int) -> None:
+    def _check_context(self, cache: Any, batch: int, length: int, chunk: int) -> None:
+        """Raise BudgetError where ``length`` more tokens would outgrow what is planned for."""
         if self.max_tokens is None:
             return
-        tokens = batch * (tokens_in(cache) + length)
+        tokens = batch * self.kv.held(cache, length, chunk)
         if tokens > self.max_tokens:
             raise BudgetError(
                 f"{tokens} tokens are more than the context of {self.max_tokens} that the budget "

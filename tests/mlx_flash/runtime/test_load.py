@@ -8,7 +8,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm import batch_generate, stream_generate
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -20,11 +19,11 @@ from mlx_flash.common.platform import current_platform
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError, FlashError, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.models.families import FAMILIES
 from mlx_flash.runtime import cache_limit as limits
+from mlx_flash.runtime.kv_policy import PlainKV
 from mlx_flash.runtime.load import load_model, load_tokenizer
 from mlx_flash.runtime.memory_plan import least_budget, plan_for
-from mlx_flash.runtime.memory_requirements import kv_bytes, memory_requirements
+from mlx_flash.runtime.memory_requirements import memory_requirements
 from mlx_flash.runtime.options import PagingOptions
 from mlx_flash.storage.reader import RowReader
 
@@ -77,19 +76,6 @@ def test_refuses_to_outgrow_the_context(directory):
     free(mx.zeros((1, 600), mx.int32), cache=make_prompt_cache(free))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_kv_bytes_cover_the_real_cache(tmp_path, family):
-    source = make_checkpoint(tmp_path / "hf", family, "float32")
-    directory = ModelDirectory(convert(str(source), tmp_path / "flash"))
-    model = load_model(directory, PagingOptions(kept_share=1.0))
-    cache = make_prompt_cache(model)
-    for _ in range(4):
-        model(mx.ones((1, 75), mx.int32), cache=cache)
-        mx.eval([c.state for c in cache])
-    real = sum(a.nbytes for c in cache for _, a in tree_flatten(c.state) if hasattr(a, "nbytes"))
-    assert real <= kv_bytes(directory, 300) <= 8 * real + 2**20
-
-
 def test_workspace_covers_what_mlx_takes(directory):
     """Peak memory of a prompt chunk, as MLX counts it, against the plan's figure."""
     model = load_model(directory, PagingOptions(kept_share=1.0, context=512))
@@ -106,7 +92,7 @@ def test_workspace_covers_what_mlx_takes(directory):
             mx.reset_peak_memory()
             model(mx.zeros((1, 256), mx.int32), cache=cache)
             mx.eval([c.state for c in cache])
-            grown = kv_bytes(directory, 512)
+            grown = PlainKV(directory).bytes(512)
             assert mx.get_peak_memory() - before <= need.workspace(step) + grown
     finally:
         mx.set_cache_limit(limit)
