@@ -6,8 +6,6 @@ neighbours already or the link would close a ring. The result is chains, the mos
 greedy Hamiltonian path of Neuralink, arXiv 2410.19274). LLM in a flash bundled each row with its
 closest friend instead, and read the hottest rows again and again; here no row is stored twice, and
 hot rows are in slots and not read at all.
-
-Knows: bits [tokens, rows]. Does not know: models, files, slots, how bits were recorded.
 """
 
 from __future__ import annotations
@@ -134,7 +132,7 @@ def reads(
         stride: bytes from one row to the next.
         gap: unwanted rows read along to join two requests.
         request_bytes: a request is at most this long, or one row.
-        skipped: bytes at the ends of a request that are not read, see ``prepared.span``.
+        skipped: bytes at the ends of a request that are not read, see ``scatter_list.span``.
     """
     place = places(order)
     most = max(1, request_bytes // stride)

@@ -1,7 +1,4 @@
-"""Resident weights that have one number for each row, and moving those numbers.
-
-Knows: biases of projections, safetensors headers. Does not know: row files, what an order is for.
-"""
+"""Resident weights that have one number for each row, such as biases, and moving those numbers."""
 
 from __future__ import annotations
 
@@ -38,8 +35,9 @@ def resident_tensors(directory: ModelDirectory) -> dict[str, int]:
         for name in sorted(there - moving - staying):
             if name.startswith(path + ".") and {rows, 2 * rows} & set(shapes[name]):
                 raise ModelError(
-                    f"{directory.path}: {name} of shape {shapes[name]} seems to count rows, and it "
-                    "is not known how; this family's rows cannot be put in another order"
+                    f"{directory.path}: {name} has shape {shapes[name]}, as if it had a number "
+                    "for each row, and reorder does not know how to move it; this family's rows "
+                    "stay in their order"
                 )
         for name in sorted(moving & there):
             if shapes[name] not in ([rows], [2 * rows]):
