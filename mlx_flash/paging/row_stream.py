@@ -268,8 +268,8 @@ class RowStream:
 
     def _free(self) -> None:
         """Wait until nothing is computed from the buffer whose turn it is."""
-        mx.eval(self._retained[self._turn])
-        self._retained[self._turn].clear()
+        retained, self._retained[self._turn] = self._retained[self._turn], []
+        mx.eval(retained)
 
     def _start(self, layer: int, piece: _Piece, cache: RowCache | None) -> None:
         """Fill the buffer whose turn it is: copy what is in slots, begin to read the rest."""

@@ -68,8 +68,7 @@ class SlotStore:
         """
         update = self.table.update(rows, self.policy, told=True)
         if update.changes or len(self._retained) > MOST_RETAINED:
-            mx.eval(self._retained)
-            self._retained.clear()
+            self._evaluate_retained()
         if update.changes:
             self._index = None
         return update
@@ -81,10 +80,13 @@ class SlotStore:
                 if view is not None:
                     view[update.move_to] = view[update.move_from]
 
+    def _evaluate_retained(self) -> None:
+        retained, self._retained = self._retained, []  # what fails is not tried again
+        mx.eval(retained)
+
     def clear(self) -> None:
-        """Forget every row, and every result that reads them."""
+        """Forget every row; results that read them keep their values all the same."""
         self.table = SlotTable(self.table.rows, self.table.capacity)
-        self._retained.clear()
         self._index = None
 
     def retain_until_evaluated(self, *arrays: mx.array) -> None:
