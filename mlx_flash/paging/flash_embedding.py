@@ -4,8 +4,7 @@ Where the head has a matrix of its own the embedding is only looked up, and a to
 kilobytes; held in memory it takes as much as thousands of FFN rows. Rows are read through the page
 cache, where those of frequent tokens stay as long as there is room.
 
-Knows: safetensors shards, mlx-lm's names. Does not know: FFN rows, budgets. Tied embeddings, packed
-ones and those under other names than mlx-lm's usual ones stay in memory.
+Tied embeddings, quantised ones and those under other names than mlx-lm's usual ones stay in memory.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class Table:
 
     Args:
         path: safetensors file.
-        offset: of the first row, bytes.
+        offset: of the first row in the file, bytes.
         shape: (tokens, width).
-        dtype: of safetensors.
+        dtype: safetensors' name, such as "BF16".
     """
 
     path: Path
@@ -47,12 +46,12 @@ class Table:
 
     @property
     def row_bytes(self) -> int:
-        """Of one token."""
+        """Bytes of one token's row."""
         return self.shape[1] * DTYPES[self.dtype].size
 
     @property
     def nbytes(self) -> int:
-        """Of all of it."""
+        """Bytes of all rows."""
         return self.shape[0] * self.row_bytes
 
 
@@ -68,7 +67,8 @@ def find(directory: ModelDirectory) -> Table | None:
                 found = Table(shard, at, tuple(entry["shape"]), entry["dtype"])
             except (LookupError, TypeError) as error:
                 raise DamagedError(
-                    f"{shard} says nothing that can be read of {PATH}; convert the model again"
+                    f"the header of {shard} has an entry for {PATH}.weight without a shape, a type "
+                    "or offsets; convert the model again"
                 ) from error
     own_head = f"{HEAD}.weight" in names
     if found is None or not own_head or len(found.shape) != 2 or found.dtype not in FLOAT_NAMES:
@@ -79,7 +79,7 @@ def find(directory: ModelDirectory) -> Table | None:
 
 
 def _module(directory: ModelDirectory) -> object:
-    """What the model's class has in the embedding's place."""
+    """The module that the model's class has at ``PATH``; None where it has none."""
     found: object = make_model(directory.config)
     for name in PATH.split("."):
         found = found.get(name) if isinstance(found, dict) else None
@@ -99,16 +99,24 @@ class FlashEmbedding(nn.Module):
         self._file = os.open(table.path, os.O_RDONLY)
         self._closed = weakref.finalize(self, os.close, self._file)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Rows of token numbers, [..., width]; those are evaluated."""
+        """Rows of token numbers [...], as [..., width]; the numbers are evaluated.
+
+        Raises:
+            ModelError: the embedding has no such token.
+            ReadError: the disk fails, or the file was cut.
+        """
         table = self._table
         wanted, place = np.unique(np.array(tokens), return_inverse=True)
         rows = np.empty((wanted.size, table.row_bytes), np.uint8)
         for row, token in zip(rows, wanted.tolist(), strict=True):
             if not -table.shape[0] <= token < table.shape[0]:
-                raise ModelError(f"token {token}, the model's embedding has {table.shape[0]}")
+                raise ModelError(
+                    f"token {token} is outside the model's embedding, which has {table.shape[0]} "
+                    "tokens; use the tokenizer of the model directory"
+                )
             self._read(row, table.offset + token % table.shape[0] * table.row_bytes)
         dtype = DTYPES[table.dtype]
         unit = np.dtype(f"u{dtype.size}")
@@ -135,6 +143,6 @@ class FlashEmbedding(nn.Module):
             done += len(got)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._closed()
         self._file = -1

@@ -4,8 +4,6 @@ To add a policy, write a class that derives from ``Policy`` and enter it in ``PO
 command line, ``load``, the forecasts and the tests of all policies find it there. ``Belady`` is
 not entered: it knows the whole trace beforehand. It is the yardstick that no policy can beat (L. A.
 Belady, IBM Systems Journal 5(2), 1966).
-
-Knows: row numbers, steps. Does not know: slots, files, MLX. numpy only.
 """
 
 from __future__ import annotations

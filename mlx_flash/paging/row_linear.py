@@ -3,9 +3,6 @@
 ``RowLinear`` stands where an ``nn.Linear`` stood in mlx-lm's own FFN module, so activations, norms
 and odd forms stay mlx-lm's; only where the matrix lies has changed. Gate and up use rows as they
 are; down uses them transposed, ``h @ rows``.
-
-Knows: one layer's FFN, where its rows will be. Does not know: files, budgets, model families
-beyond the names of projections given to it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 One array per part of a row (LLM in a flash, section 3.3), since a slice of columns would be copied.
 An MLX array and a numpy view share the memory, so a read from flash lands where a matmul reads.
-
-Knows: layouts, memory. Does not know: which row is in which slot (``cache``), files.
 """
 
 from __future__ import annotations
@@ -19,17 +17,20 @@ from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.storage import huge_pages
 from mlx_flash.storage.row_layout import PAGE, RowLayout
 
-LARGEST = 2**31 - 1  # elements of an MLX array along one axis
+MOST_ELEMENTS = 2**31 - 1  # of an MLX array, along one axis
 
 
 def aligned_bytes(nbytes: int, dtype: mx.Dtype = mx.uint8) -> tuple[mx.array, np.ndarray]:
-    """``nbytes`` of page-aligned zeros as an MLX array and a writable uint8 view of the same.
+    """Page-aligned zeros as an MLX array, and a writable uint8 view of the same memory.
 
-    On Linux it is on huge pages, and only taken as it is written to.
-    MLX counts elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
+    On Linux they are on huge pages, and memory is taken only as it is written to. MLX counts
+    elements in 32 bits: 2 GiB and more need a wider ``dtype`` than uint8.
+
+    Raises:
+        CacheError: it is more than one MLX array holds.
     """
     count = -(-nbytes // dtype.size)
-    if count + PAGE > LARGEST:
+    if count + PAGE > MOST_ELEMENTS:
         raise CacheError(f"{nbytes} bytes of slots are more than one MLX array holds")
     raw = mx.zeros((count + PAGE // dtype.size,), dtype)
     mx.eval(raw)
@@ -55,7 +56,7 @@ def slot_bytes(layout: RowLayout, parts: Sequence[str] | None = None) -> int:
 def _spans(
     layout: RowLayout, capacity: int, parts: Sequence[str] | None
 ) -> dict[str, tuple[int, int]]:
-    """Part -> from which to which byte of the memory its slots are."""
+    """Part -> (first byte, last byte + 1) of its slots in the memory."""
     at, found = 0, {}
     for part, extent in zip(layout.parts, layout.extents, strict=True):
         if parts is None or part.name in parts:
@@ -73,14 +74,24 @@ def _shaped(array: mx.array, shape: tuple[int, ...], capacity: int, stride: int)
 
 
 class SlotMemory:
-    """Memory for ``capacity`` rows, one array per part.
+    """Memory for some rows, one array per part.
 
-    ``arrays[name]`` is an MLX array [capacity, width], ``views`` the same memory as uint8 arrays
-    [capacity, extent], in the layout's order, for the reader to fill. Where the layout pads parts
-    to sectors, ``width`` is wider than the part by that padding. ``share`` lays the memory of
-    another one, at least as large, out for fewer rows. Parts that are not among ``parts`` have no
-    memory, and None for a view. With ``unpadded``, arrays are [capacity, *shape of the part], which
-    stride over the padding. ``nbytes`` counts memory of its own.
+    Args:
+        layout: of the rows.
+        capacity: rows.
+        share: lay out the memory of this one anew, which is at least as large; None for own memory.
+        parts: those to have memory for; None for all.
+        unpadded: give arrays the shape of the part, [capacity, *shape], striding over the padding
+            that the layout may have; else they are [capacity, width], padding included.
+
+    Attributes:
+        arrays: part -> MLX array.
+        views: the same memory as uint8 arrays [capacity, extent in bytes], one for each part of the
+            layout, for the reader to fill; None for parts without memory.
+        nbytes: of own memory.
+
+    Raises:
+        CacheError: it is more than one MLX array holds, or than ``share`` has.
     """
 
     def __init__(
@@ -118,7 +129,7 @@ class SlotMemory:
             self.views.append(view[start:stop].reshape(capacity, extent))
 
     def first(self, nbytes: int) -> tuple[mx.array, np.ndarray]:
-        """The first bytes of this memory, to lay out another way; both then overlap."""
+        """The first ``nbytes`` of this memory, to be laid out another way; both then overlap."""
         if nbytes > self._memory.nbytes:
             raise CacheError(f"{self._memory.nbytes} bytes of slots cannot be shared as {nbytes}")
         part = self._memory[: -(-nbytes // self._memory.itemsize)]

@@ -33,7 +33,16 @@ class Update:
 
 @dataclass
 class SlotTable:
-    """Which row is in which slot. Slots below ``num_used`` are in use, without holes."""
+    """Which row is in which slot. Slots below ``num_used`` are in use, without holes.
+
+    Args:
+        rows: of the layer.
+        capacity: slots, at least one.
+
+    Attributes:
+        slot_of: slot of each row, -1 for none, int32 [rows].
+        row_in: row in each slot, -1 for none, int32 [capacity].
+    """
 
     rows: int
     capacity: int
@@ -48,12 +57,16 @@ class SlotTable:
         self.row_in = np.full(self.capacity, -1, np.int32)
 
     def admit(self, active: np.ndarray, policy: Policy) -> np.ndarray:
-        """Tell the policy of a step, and ask which of its rows are to be in slots: a bool mask.
+        """Tell the policy of a step, and choose which of its active rows get slots.
 
-        All of them, unless there are more than slots: then those that are there already, and of
-        the others those that the policy would let go last. The rest pass by.
+        All of them, unless they are more than slots: then those that are in slots already, and of
+        the others those that the policy would let go last.
 
-        Raises CacheError when they are no such rows; nothing is changed then.
+        Returns:
+            bool [active rows].
+
+        Raises:
+            CacheError: see ``check``; nothing is changed then.
         """
         self.check(active)
         policy.used(active)
@@ -66,13 +79,13 @@ class SlotTable:
         return inside
 
     def update(self, active: np.ndarray, policy: Policy, told: bool = False) -> Update:
-        """Make room for the active rows (sorted, distinct) and enter them, all of them.
+        """Give every active row (sorted, distinct) a slot; others leave where room is needed.
 
         Args:
-            told: the policy knows already what this step uses.
+            told: the policy has been told of this step, by ``admit``.
 
-        Raises CacheError when there are more active rows than slots, or when they are no such
-        rows; nothing is changed then.
+        Raises:
+            CacheError: they are more than slots, or see ``check``; nothing is changed then.
         """
         self.check(active)
         if active.size > self.capacity:
@@ -94,7 +107,7 @@ class SlotTable:
         return Update(missing, slots, move_from, move_to, int(active.size - missing.size))
 
     def check(self, active: np.ndarray) -> None:
-        """Raise CacheError unless they are sorted, distinct rows of this layer."""
+        """Raise CacheError unless these are sorted, distinct row numbers of this layer, int [n]."""
         if active.ndim != 1 or active.dtype.kind not in "iu":
             raise CacheError(f"active rows must be ints, got {active.dtype} {active.shape}")
         if active.size and not (
