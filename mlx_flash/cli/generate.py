@@ -297,7 +297,7 @@ def _summary(result: dict[str, Any]) -> None:
 
 
 def _experts_line(flash: dict[str, Any]) -> str:
-    """How many experts a layer was asked for, and what was foretold."""
+    """How many experts a layer was asked for, and what was prefetched."""
     asked = flash["predicted"] / max(flash["layer_calls"], 1)
     most = flash["rows"][0]
     line = (
@@ -308,7 +308,7 @@ def _experts_line(flash: dict[str, Any]) -> str:
 
 
 def _ahead(flash: dict[str, Any]) -> str:
-    """What was read ahead, where anything was."""
+    """What was prefetched; empty where nothing was."""
     if not flash["foretold"]:
         return ""
     share = 100 * flash["useful"] / flash["foretold"]

@@ -60,7 +60,7 @@ class Mixture:
 
     Args:
         module: dotted path from a decoder layer to the switch module.
-        router: what scores experts; None where its choice is not foretold.
+        router: what scores experts; None where its choice cannot be predicted.
         experts: keys of the config that may give the number of experts; the first present counts.
         top_k: the same for the number of experts per token.
         gated: the module is a ``SwitchGLU``, not a ``SwitchMLP``.
@@ -342,7 +342,7 @@ def check_counts(config: dict[str, Any], mixture: Mixture, counts: dict[str, int
 def router_of(layer: nn.Module, mixture: Mixture) -> Callable[[mx.array], mx.array] | None:
     """What scores a layer's experts: hidden state in, scores out, of which the largest are chosen.
 
-    For a guess, made before the layer runs: what a family does besides, such as choosing groups
+    For prefetching, before the layer runs: what a family does besides, such as choosing groups
     first, is left out. None where the table has no router or the layer none.
     """
     router = mixture.router

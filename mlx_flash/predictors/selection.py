@@ -44,8 +44,8 @@ class Selection:
     measured: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def guesses_ahead(self) -> bool:
-        """Whether rows may be read before a layer's turn: a wrong guess costs bytes, no more.
+    def allows_prefetch(self) -> bool:
+        """Whether rows may be read before a layer's turn: a wrong one costs bytes, no more.
 
         Not where a row must not be missed, nor where a projection is computed in full anyway.
         """

@@ -153,8 +153,8 @@ def choose_predictors(directory: ModelDirectory, options: PagingOptions) -> Sele
     """
     predicts = options.use_flash and options.kept_share is None
     selection = select(directory, options.predictor) if predicts else None
-    guesses = directory.mixture or (selection and selection.guesses_ahead)
-    if options.lookahead and not guesses:
+    prefetches = directory.mixture or (selection and selection.allows_prefetch)
+    if options.lookahead and not prefetches:
         kind = selection.kind if selection else "none"
         raise PredictorError(
             f"lookahead is for low-rank predictors and for mixtures; {directory.path} is run with "

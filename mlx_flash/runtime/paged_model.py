@@ -176,8 +176,9 @@ class PagedModel:
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
         """Run the model, a prompt in chunks that the plan has memory for.
 
-        One thread at a time: buffers are filled for one forward pass. A call without a cache, or
-        with more than tokens and a cache, is not cut up.
+        One call at a time, under a lock: modules compute from rows that were bound to them for this
+        call, see ``mlx_flash.paging``. A call without a cache, or with more than tokens and a
+        cache, is not cut up.
         """
         batch, length = inputs.shape[:2]
         step = max(1, self.plan.step // batch)
