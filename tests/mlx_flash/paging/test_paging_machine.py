@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -51,6 +52,7 @@ class Disk:
     def __init__(self, file: RowFile) -> None:
         self.file, self.real = file, os.preadv
         self.broken: set[tuple[int, int]] = set()
+        self.seconds = 0.0  # that each read takes
 
     def preadv(self, fd: int, buffers: list[memoryview], offset: int) -> int:
         stop = offset + sum(memoryview(buffer).nbytes for buffer in buffers)
@@ -58,6 +60,7 @@ class Disk:
             at = self.file.layers[layer].offset + row * LAYOUT.stride
             if at < stop and offset < at + LAYOUT.stride:
                 raise OSError(errno.EIO, "Input/output error")
+        time.sleep(self.seconds)
         return self.real(fd, buffers, offset)
 
 
@@ -80,8 +83,13 @@ class Paging(RuleBasedStateMachine):
         self.in_buffer: int | None = None  # the layer of which rows were prefetched last
         self.promised: list[tuple[mx.array, np.ndarray]] = []
 
-    @initialize(spec=st.sampled_from(["lru", "lfu", "window:2"]), slots=st.integers(1, ROWS + 2))
-    def start(self, spec: str, slots: int) -> None:
+    @initialize(
+        spec=st.sampled_from(["lru", "lfu", "window:2"]),
+        slots=st.integers(1, ROWS + 2),
+        seconds=st.sampled_from([0.0, 0.001]),
+    )
+    def start(self, spec: str, slots: int, seconds: float) -> None:
+        self.disk.seconds = seconds
         self.caches = [
             RowCache(self.reader, i, slots, make_policy(spec, ROWS)) for i in range(LAYERS)
         ]
@@ -181,6 +189,7 @@ class Paging(RuleBasedStateMachine):
         with self.step(layer, wanted) as cache:
             cache.fetch(wanted)
             slots = cache.slots
+            assert np.array(slots.index()).tolist() == slots.rows().tolist()
             if not cache.reads.early:
                 arrays = {name: slots.part(name) for name in slots.memory.arrays}
                 slots.retain_until_evaluated(*self.check(layer, slots.rows(), arrays))
