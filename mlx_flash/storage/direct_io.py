@@ -1,4 +1,4 @@
-"""Opening files for reads past the page cache, where system and file system agree."""
+"""Files read past the page cache, where system and file system agree."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 from mlx_flash.common.platform import current_platform
+from mlx_flash.errors import DamagedError, ReadError
 
 from .row_layout import PAGE
 
@@ -66,3 +69,86 @@ def _direct_read_works(fd: int, grain: int) -> bool:
                 return False
             raise
     return True
+
+
+class OpenedFile:
+    """A file that rows are read from: past the page cache, and plainly where that cannot be.
+
+    Args:
+        path: file to open.
+        grain: offsets, lengths and addresses of most reads are multiples of this many bytes.
+        direct: False reads through the page cache.
+
+    Attributes:
+        fd: descriptor to read from.
+        direct: whether its reads go past the page cache.
+
+    Raises OSError when it cannot be opened.
+    """
+
+    def __init__(self, path: Path, grain: int, direct: bool = True) -> None:
+        self.path, self.grain = path, grain
+        self.fd = self._plain_fd = os.open(path, os.O_RDONLY)
+        self.direct = False
+        if direct:
+            try:
+                self.fd, self.direct = open_direct(path, grain=grain)
+            except BaseException:
+                self.close()
+                raise
+
+    def read(
+        self,
+        buffers: list[memoryview],
+        offset: int,
+        nbytes: int,
+        place: Callable[[int], str],
+        done: int = 0,
+    ) -> None:
+        """Read until ``nbytes`` are there; a short read is continued where it stopped.
+
+        Args:
+            buffers: where the bytes go, one behind the other.
+            offset: in the file, of the first byte.
+            place: names what lies at an offset, for errors.
+            done: bytes that are there already.
+
+        Raises:
+            ReadError: the disk failed.
+            DamagedError: the file ends before.
+        """
+        while done < nbytes:
+            at = offset + done
+            fd = self._plain_fd if done % self.grain else self.fd
+            try:
+                got = os.preadv(fd, _after(buffers, done), at)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                raise ReadError(
+                    error.errno,
+                    f"reading {self.path}, {place(at)}, offset {at}, {nbytes - done} bytes: "
+                    f"{error.strerror}",
+                ) from error
+            if got == 0:
+                raise DamagedError(
+                    f"{self.path} ended at byte {at} inside {place(at)}; it was cut while in use"
+                )
+            done += got
+
+    def close(self) -> None:
+        """Close it; no read may be under way."""
+        for fd in {self.fd, self._plain_fd} - {-1}:
+            os.close(fd)
+        self.fd = self._plain_fd = -1
+
+
+def _after(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """The buffers without their first ``done`` bytes."""
+    if done == 0:
+        return buffers
+    rest = list(buffers)
+    while done >= len(rest[0]):
+        done -= len(rest.pop(0))
+    rest[0] = rest[0][done:]
+    return rest

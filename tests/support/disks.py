@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_flash.storage import reader as module
+from mlx_flash.storage import direct_io
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import PAGE, Part, RowLayout
 
@@ -77,7 +77,7 @@ class StrictDisk:
         self.used: list[int] = []  # the descriptor of each read
         self._real = os.preadv
         monkeypatch.setattr(os, "preadv", self.preadv)
-        monkeypatch.setattr(module, "open_direct", self.open)
+        monkeypatch.setattr(direct_io, "open_direct", self.open)
 
     def open(self, path: os.PathLike[str], grain: int = PAGE) -> tuple[int, bool]:
         fd = os.open(path, os.O_RDONLY)

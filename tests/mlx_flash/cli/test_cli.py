@@ -428,7 +428,7 @@ def test_read_error_in_the_middle(model, run, tmp_path, monkeypatch, steady, cal
             raise OSError(errno.EIO, "Input/output error")
         return preadv(fd, buffers, offset, *flags)
 
-    monkeypatch.setattr("mlx_flash.storage.reader.os.preadv", failing)
+    monkeypatch.setattr("os.preadv", failing)
     stats = tmp_path / "stats.json"
     code, _, err = run(
         "generate", "--prompt", PROMPT, "--max-tokens", 16, "--ram", least, "--stats", stats
@@ -473,7 +473,7 @@ def test_direct_refused(model, source, generate, monkeypatch, steady):
             raise OSError(errno.EINVAL, "Invalid argument")
         return open_(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr("mlx_flash.storage.reader.os.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     if not flag:
         monkeypatch.setattr("mlx_flash.storage.direct_io.fcntl.fcntl", lambda *_: 1 / 0)
     least, _ = budget(model, 16)

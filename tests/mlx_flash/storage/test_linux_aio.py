@@ -17,7 +17,7 @@ from support.row_files import make
 
 from mlx_flash.common.platform import Linux
 from mlx_flash.errors import DamagedError, ReadError
-from mlx_flash.storage import linux_aio, scatter_list
+from mlx_flash.storage import direct_io, linux_aio, scatter_list
 from mlx_flash.storage import reader as module
 from mlx_flash.storage.reader import ReadStats, RowReader
 from mlx_flash.storage.scatter_list import iovec
@@ -41,7 +41,9 @@ KERNELS = {
 def opened(tmp_path, monkeypatch):
     """(reader on a fake kernel, the kernel, blocks of the layers), direct or said to be."""
     kernel = use(monkeypatch, FakeKernel())
-    monkeypatch.setattr(module, "open_direct", lambda path, **_: (os.open(path, os.O_RDONLY), True))
+    monkeypatch.setattr(
+        direct_io, "open_direct", lambda path, **_: (os.open(path, os.O_RDONLY), True)
+    )
     file, layers = make(tmp_path / "rows", LAYOUT, ROWS)
     with closing(RowReader(file, gap_bytes=0, engine="aio")) as reader:
         try:
@@ -250,13 +252,17 @@ def test_engines_that_are_not_to_be_had(tmp_path, monkeypatch):
     file, layers = make(tmp_path / "rows", LAYOUT, ROWS)
     with pytest.raises(ValueError, match=r"engine must be .*got 'uring'"):
         RowReader(file, engine="uring")
-    with pytest.raises(ValueError, match=f"reads of {file.path}: it is not read past the page"):
+    with pytest.raises(
+        ValueError, match=f"reads of {file.path}: aio: it is not read past the page"
+    ):
         RowReader(file, direct=False, engine="aio")
     with closing(RowReader(file, direct=False)) as reader:
         assert reader.engine == "threads"
-    monkeypatch.setattr(module, "open_direct", lambda path, **_: (os.open(path, os.O_RDONLY), True))
+    monkeypatch.setattr(
+        direct_io, "open_direct", lambda path, **_: (os.open(path, os.O_RDONLY), True)
+    )
     kernel = use(monkeypatch, FakeKernel(no_contexts=errno.EPERM))
-    with pytest.raises(ValueError, match=f"reads of {file.path}: Operation not permitted"):
+    with pytest.raises(ValueError, match=f"reads of {file.path}: aio: Operation not permitted"):
         RowReader(file, engine="aio")
     with closing(RowReader(file)) as reader:
         assert reader.engine == "threads"

@@ -165,7 +165,7 @@ def test_long_rows(tmp_path, direct, request_bytes):
             stats = reader.stats() - before
             assert stats.bytes_read == 3 * layout.stride
             if layout.stride > request_bytes:
-                most = max(1, request_bytes // reader._grain) * reader._grain
+                most = max(1, request_bytes // reader.grain) * reader.grain
                 assert stats.requests == 3 * -(-layout.stride // most)
 
 

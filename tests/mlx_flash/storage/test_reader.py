@@ -194,7 +194,7 @@ def test_requests_of_any_length(tmp_path, layout, request_bytes, gap_bytes):
             requests = few + long
         stats = reader.stats()
         cut_up = layout.scatters and request_bytes == 1
-        pieces = layout.stride // reader._grain if cut_up else 1
+        pieces = layout.stride // reader.grain if cut_up else 1
         assert stats.requests == pieces * len(requests)
         assert stats.bytes_read == sum(q.stop - q.start for q in requests) * layout.stride
 
@@ -483,7 +483,7 @@ def test_a_disk_whose_sectors_are_longer_than_the_alignment(tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             disk = StrictDisk(patch, sector=PAGE)
             disk.direct = direct
-            patch.setattr(module, "open_direct", open_direct)
+            patch.setattr(direct_io, "open_direct", open_direct)
             file, layers = make(tmp_path / "rows", layout, ROWS)
             patch.setattr(os, "open", remember)
             with closing(RowReader(file)) as reader:
