@@ -346,8 +346,7 @@ def main() -> None:
     options = parser.parse_args()
     if cgroup_root() is None:
         sys.exit("no memory cgroup can be made here (Linux and root are needed); nothing was run")
-    if not shutil.which("fio"):
-        sys.exit("fio is not installed (Debian: apt-get install fio); nothing was run")
+    fio.require()
     known = {program.name: program for program in PROGRAMS}
     names = options.only.split(",") if options.only else list(known)
     if unknown := [name for name in names if name not in known]:

@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--cache-share", type=float, default=0.3, help="of a layer's rows")
     parser.add_argument("--reads-only", action="store_true", help="of the tokens recorded before")
     options = parser.parse_args()
+    fio.require()
     path = options.model or OUT / ("opt-small-shape" if options.small else "opt-6.7b-shape")
     path.parent.mkdir(exist_ok=True)
     directory = make(path, SMALL if options.small else Shape())

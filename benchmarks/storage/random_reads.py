@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=2, help="of each run")
     parser.add_argument("--engine", choices=("aio", "threads"), help="default: the reader's own")
     options = parser.parse_args()
+    fio.require()
     OUT.mkdir(exist_ok=True)
     file = row_file(options.layers)
     results = {"machine": machine_name(), "date": date.today().isoformat()}

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from mlx_flash.storage.direct_io import open_direct
 from mlx_flash.storage.huge_pages import buffers as huge_buffers
 
+MISSING = "fio is not installed (Debian: apt-get install fio)"
 BLOCK, STREAMS = 2 << 20, 8  # of sequential reads: bytes of a request, threads
 
 
@@ -51,12 +53,18 @@ def read_through(paths: list[Path], share: float = 1) -> tuple[float, int]:
     return seconds, total
 
 
+def require() -> None:
+    """End the program where fio is missing, before anything is made or measured."""
+    if not shutil.which("fio"):
+        sys.exit(f"{MISSING}; nothing was run")
+
+
 def bytes_per_second(
     path: Path, block: int, threads: int, pattern: str = "read", seconds: int = 2
 ) -> float:
     """Bytes per second of direct reads by ``threads`` threads with requests of ``block`` bytes."""
     if not shutil.which("fio"):
-        raise RuntimeError("fio is not installed (Debian: apt-get install fio)")
+        raise RuntimeError(MISSING)
     share = path.stat().st_size // threads // block * block
     command = [
         "fio", "--name=bench", f"--filename={path}", f"--rw={pattern}", f"--bs={block}",
