@@ -53,7 +53,8 @@ class Checkout:
         self.name, self.root, self.work = name, root.resolve(), work
         home = str(work / "home")  # what is measured of disks is kept there, apart from the user's
         self.environment = {
-            **os.environ, "PYTHONPATH": str(self.root), "HOME": home, "XDG_CACHE_HOME": home
+            **os.environ, "PYTHONPATH": str(self.root), "HOME": home, "XDG_CACHE_HOME": home,
+            "OPENBLAS_NUM_THREADS": "1",  # predictors are fitted by numpy: sums in one order
         }  # fmt: skip
         where = self.python("-c", "import mlx_flash; print(mlx_flash.__file__)").stdout.strip()
         if not Path(where).is_relative_to(self.root):
