@@ -15,9 +15,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Every family in every type, 128 tokens with every share of layers kept or experts in slots: longer.
+# Every family in every type, 128 tokens with every share of layers kept or experts in slots, and the
+# long blocks of the docs.
 test-whole: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole tests/test_experts.py tests/test_parity.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole \
+	  tests/mlx_flash/paging/test_expert_switch.py tests/end_to_end/test_parity.py \
+	  tests/end_to_end/test_docs.py
 
 # The distillation of the adapter, on a tiny llama; with torch, which nothing else needs.
 test-training:
