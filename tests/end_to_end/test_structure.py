@@ -25,7 +25,6 @@ STILL_LONG = {
     "tests/mlx_flash/conversion/test_convert.py",
     "tests/mlx_flash/conversion/test_gguf.py",
     "tests/mlx_flash/conversion/test_quantised.py",
-    "tests/mlx_flash/paging/test_expert_switch.py",
     "tests/mlx_flash/storage/test_linux_aio.py",
     "tests/mlx_flash/storage/test_reader.py",
     "tests/mlx_flash/storage/test_row_file.py",
