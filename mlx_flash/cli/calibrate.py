@@ -1,25 +1,20 @@
-"""``mlx_flash calibrate`` on the command line.
-
-Knows: flags, the progress bar. Does not know: how it is done (``calibrate``).
-"""
+"""``mlx_flash calibrate``: predictors are fitted to a model directory, by text."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from mlx_flash.common.sizes import parse_ram
 from mlx_flash.predictors import registry
 
+from . import options
+from .progress import StageBar
 
-def add(commands: Any) -> None:
-    """Add the command to the subparsers of ``mlx_flash``."""
-    parser = commands.add_parser(
-        "calibrate",
-        help="fit predictors to a model directory, so that few rows are read; of a mixture, "
-        "measure how to share its memory out over layers",
-    )
-    parser.add_argument("--model", required=True, help="model directory")
+UNITS = {"fitting": "layer", "counting": "layer"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    options.add_model(parser)
     parser.add_argument(
         "--data",
         metavar="FILE|NAME",
@@ -58,8 +53,8 @@ def add(commands: Any) -> None:
         help="to train on (default: 16384; 4096 for a threshold or a mixture)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--ram", help="what the whole process may take, such as 4GB")
-    parser.set_defaults(run=run_calibrate)
+    options.add_ram(parser, "4GB")
+    parser.set_defaults(run=run)
 
 
 def _rank(text: str) -> int | str:
@@ -71,30 +66,14 @@ def _rank(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number") from None
 
 
-def run_calibrate(args: argparse.Namespace) -> int:
-    """``mlx_flash calibrate``."""
-    args.interrupted = "interrupted; run the same command again and it goes on where it stopped"
-    if args.ram is not None:
-        parse_ram(args.ram)
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> int:
+    """Calibrate and print the report; returns the exit code."""
+    args.interrupted = options.GOES_ON
     from mlx_flash.calibration.calibrate import calibrate
     from mlx_flash.calibration.experts import report as expert_report
     from mlx_flash.calibration.neurons import report
 
-    with tqdm(desc="calibrate", disable=None) as bar:
-        at: tuple[str, int] = ("", 0)
-
-        def progress(stage: str, done: int, total: int) -> None:
-            nonlocal at
-            if at[0] != stage or done < at[1]:
-                bar.reset(total=total)
-                bar.set_description(stage, refresh=False)
-                bar.unit = "layer" if stage in ("fitting", "counting") else "token"
-                at = (stage, 0)
-            bar.update(done - at[1])
-            at = (stage, done)
-
+    with StageBar("calibrate", UNITS, "token") as bar:
         found = calibrate(
             args.model,
             args.data,
@@ -107,7 +86,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
             ram=args.ram,
             seed=args.seed,
             max_loss=args.max_loss,
-            progress=progress,
+            progress=bar,
         )
     mixture = found["settings"]["kind"] == "experts"
     print((expert_report if mixture else report).table(found), end="")

@@ -1,8 +1,10 @@
-"""The command line: convert, generate, inspect, verify; more commands in ``cli_*``.
+"""The command line: which commands there are, exit codes, what is said of errors.
 
-Knows: flags, what is printed, exit codes (0 well, 1 damage or a failing disk, 2 a request that
-cannot be carried out, 130 interrupted). Does not know: how any of it is done. Heavy imports wait
-until the arguments are known to be good.
+Exit codes: 0 well, 1 damage or a failing disk, 2 a request that cannot be carried out, 130
+interrupted.
+
+A command's module is imported when it is asked for, and heavy imports wait until its arguments are
+known to be good.
 """
 
 from __future__ import annotations
@@ -14,82 +16,116 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from mlx_flash import __version__
 from mlx_flash.errors import FlashError, FlashWarning
 
-from . import bench, calibrate, generate, plan, reorder
-from .convert import MODES, run_convert
-from .inspect import run_inspect, run_verify
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        help: what it does.
+        needs: what has to be given.
+        example: flags with which it runs.
+        flags: function of this package that adds its flags to a parser.
+    """
+
+    help: str
+    needs: str
+    example: str
+    flags: str
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The argument parser of ``mlx_flash``."""
+COMMANDS = {
+    "convert": Command(
+        "make a model directory from a checkpoint",
+        "a checkpoint and the directory to make",
+        "--model HuggingFaceTB/SmolLM2-135M-Instruct --mlx-path smollm2",
+        "convert:add_flags",
+    ),
+    "generate": Command(
+        "generate text from a model directory",
+        "a model directory, as convert makes it, and a prompt",
+        "--model smollm2 --prompt 'Why is the sky blue?'",
+        "generate:add_flags",
+    ),
+    "inspect": Command(
+        "say what is in a model directory",
+        "a model directory, as convert makes it",
+        "--model smollm2",
+        "inspect:add_flags",
+    ),
+    "verify": Command(
+        "hash a model directory again",
+        "a model directory, as convert makes it",
+        "--model smollm2",
+        "inspect:add_verify_flags",
+    ),
+    "calibrate": Command(
+        "fit predictors to a model directory, so that few rows are read; of a mixture, measure how "
+        "to share its memory out over layers",
+        "a model directory, as convert makes it",
+        "--model smollm2",
+        "calibrate:add_flags",
+    ),
+    "plan": Command(
+        "say what a RAM budget buys, and how fast that is",
+        "a model directory, as convert makes it, and a RAM budget",
+        "--model smollm2 --ram 400MB",
+        "plan:add_flags",
+    ),
+    "bench": Command(
+        "measure speed under several RAM budgets",
+        "a model directory, as convert makes it, and RAM budgets",
+        "--model smollm2 --ram sweep",
+        "bench:add_flags",
+    ),
+    "reorder": Command(
+        "lay rows that are asked for together near each other, so that fewer requests read them; "
+        "the model stays the same but for rounding",
+        "a model directory, as convert makes it",
+        "--model smollm2 --dry-run",
+        "reorder:add_flags",
+    ),
+}
+
+
+def build_parser(commands: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The argument parser of ``mlx_flash``.
+
+    Args:
+        commands: that get their flags; the others are only listed.
+    """
     parser = argparse.ArgumentParser(
         prog="mlx_flash", description="Run language models larger than memory, FFN rows on flash."
     )
     parser.add_argument("--version", action="version", version=f"mlx_flash {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    convert = commands.add_parser("convert", help="make a model directory from a checkpoint")
-    convert.add_argument(
-        "--model", "--hf-path", required=True, help="Hugging Face directory, hub name or GGUF file"
-    )
-    convert.add_argument("--mlx-path", required=True, help="model directory to make")
-    convert.add_argument(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        help="float type to write (default: the checkpoint's)",
-    )
-    convert.add_argument(
-        "--quantize", "-q", action="store_true", help="quantise as mlx_lm.convert does"
-    )
-    convert.add_argument("--q-bits", type=int, help="bits per weight (default: 4)")
-    convert.add_argument("--q-group-size", type=int, help="weights per scale (default: 64)")
-    convert.add_argument("--q-mode", default="affine", choices=MODES, help="default: affine")
-    convert.add_argument(
-        "--quant-predicate", metavar="RECIPE", help="mlx-lm's mixed recipes, such as mixed_4_6"
-    )
-    convert.add_argument(
-        "--dequantize",
-        "-d",
-        action="store_true",
-        help="make floats of a quantised checkpoint or GGUF (default: kept as they are)",
-    )
-    convert.add_argument(
-        "--adapter",
-        metavar="NAME",
-        help="change the model by an adapter: relu-smollm2, which ships with this package, or a "
-        "file (a GGUF is dequantised for it)",
-    )
-    convert.add_argument("--force", action="store_true", help="replace an existing model directory")
-    convert.set_defaults(run=run_convert)
-
-    generate.add(commands)
-    inspect = commands.add_parser("inspect", help="say what is in a model directory")
-    inspect.add_argument("--model", required=True, help="model directory")
-    inspect.add_argument("--context", type=int, help="tokens to plan the KV cache for")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(run=run_inspect)
-
-    verify = commands.add_parser("verify", help="hash a model directory again")
-    verify.add_argument("--model", required=True, help="model directory")
-    verify.set_defaults(run=run_verify)
-    calibrate.add(commands)
-    plan.add(commands)
-    bench.add(commands)
-    reorder.add(commands)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        added = subparsers.add_parser(name, help=command.help)
+        if name in commands:
+            resolve_name(f"{__package__}.{command.flags}")(added)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no error
+    if hint := what_next(argv):
+        return _fail(hint, FlashError.exit_code)
+    args = argparse.Namespace(command="mlx_flash")
     try:
+        args = build_parser([argument for argument in argv if argument in COMMANDS]).parse_args(
+            argv
+        )
         with _warnings():
             code = args.run(args)
         print(end="", flush=True)
@@ -103,6 +139,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _quiet(1)
     except OSError as error:
         return _fail(f"{error.filename or args.command}: {error.strerror or error}", 2)
+
+
+def what_next(argv: Sequence[str]) -> str:
+    """Two lines for somebody who gave no command, or a command and nothing else; else empty."""
+    if not argv:
+        begin = f"mlx_flash convert {COMMANDS['convert'].example}"
+        return (
+            f"give a command: {', '.join(COMMANDS)}\n"
+            f"Begin with: {begin}; mlx_flash --help says what each does"
+        )
+    if len(argv) > 1 or argv[0] not in COMMANDS:
+        return ""
+    name, command = argv[0], COMMANDS[argv[0]]
+    return (
+        f"{name} needs {command.needs}\n"
+        f"For example: mlx_flash {name} {command.example}; mlx_flash {name} --help lists its flags"
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """``mlx_flash plan``: where every byte of a RAM budget goes, and the speed to expect.
 
-Knows: flags, what is printed. Does not know: how it is planned or measured (``outlook``).
+Knows: flags, what is printed. Does not know: how it is planned or measured (``budget_forecast``).
 """
 
 from __future__ import annotations
@@ -11,83 +11,38 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_flash.common.sizes import parse_ram, show
-from mlx_flash.errors import UsageError
-from mlx_flash.paging.policies import DEFAULT_POLICY, DEFAULT_WINDOW, POLICIES
-from mlx_flash.predictors import registry
-from mlx_flash.runtime.options import PagingOptions, policy_spec
+from mlx_flash.common.sizes import show
+
+from . import options
 
 
-def add(commands: Any) -> None:
-    """Add the subcommand to the parser's."""
-    plan = commands.add_parser("plan", help="say what a RAM budget buys, and how fast that is")
-    plan.add_argument("--model", required=True, help="model directory")
-    plan.add_argument("--ram", required=True, help="such as 1.5GB or 512MiB")
-    plan.add_argument("--context", type=int, help="tokens to plan the KV cache for; default: 2048")
-    add_paging(plan)
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument(
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    options.add_model(parser)
+    options.add_ram(parser, required=True)
+    options.add_context(parser, "2048")
+    options.add_paging(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
         "--remeasure", action="store_true", help="measure disk and model again, though known"
     )
-    plan.set_defaults(run=run_plan)
+    parser.set_defaults(run=run)
 
 
-def add_paging(parser: argparse.ArgumentParser) -> None:
-    """Flags that say how rows are chosen and kept."""
-    parser.add_argument(
-        "--predictor",
-        default="auto",
-        choices=registry.names(),
-        help="how the rows that fire are known; default: what was calibrated, else what is exact",
-    )
-    parser.add_argument(
-        "--policy",
-        default=DEFAULT_POLICY,
-        choices=POLICIES,
-        help=f"which rows leave the cache; default: {DEFAULT_POLICY}",
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        metavar="K",
-        help=f"tokens that --policy window keeps rows for; default: {DEFAULT_WINDOW}",
-    )
-
-
-def check_paging(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags of ``add_paging`` that contradict themselves."""
-    if args.window is not None and args.window < 1:
-        raise UsageError(f"--window is at least 1 token, got {args.window}")
-    if args.window is not None and args.policy != "window":
-        raise UsageError("--window needs --policy window")
-    if args.context is not None and args.context < 1:
-        raise UsageError(f"--context is at least 1, got {args.context}")
-
-
-def run_plan(args: argparse.Namespace) -> int:
-    """``mlx_flash plan``."""
-    check_paging(args)
-    ram = parse_ram(args.ram)
+def run(args: argparse.Namespace) -> int:
+    """Plan, measure what is not known yet, print; returns the exit code."""
+    how = options.paging_options(args, context=args.context)
     from mlx_flash.model_directory.directory import ModelDirectory
 
     directory = ModelDirectory(args.model)
     from mlx_flash.performance.budget_forecast import BudgetForecast
 
-    outlook = BudgetForecast(directory, options_of(args))
-    outlook.plan(ram)  # before anything is measured: too small a budget is an error
-    outlook.measure(ram, args.remeasure, Note())
-    found = describe(outlook, ram)
+    outlook = BudgetForecast(directory, how)
+    outlook.plan(args.ram)  # before anything is measured: too small a budget is an error
+    outlook.measure(args.ram, args.remeasure, Note())
+    found = describe(outlook, args.ram)
     print(json.dumps(found, indent=2) if args.json else report(found))
     return 0
-
-
-def options_of(args: argparse.Namespace, context: int | None = None) -> PagingOptions:
-    """The options that the flags of ``add_paging`` and ``--context`` stand for."""
-    return PagingOptions(
-        context=args.context or context,
-        predictor=args.predictor,
-        policy=policy_spec(args.policy, args.window),
-    )
 
 
 class Note:

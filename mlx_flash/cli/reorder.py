@@ -1,7 +1,4 @@
-"""``mlx_flash reorder`` on the command line.
-
-Knows: flags, the progress bar, what is printed. Does not know: how it is done (``reorder``).
-"""
+"""``mlx_flash reorder``: rows that are asked for together come to lie near each other."""
 
 from __future__ import annotations
 
@@ -9,17 +6,15 @@ import argparse
 import json
 from typing import Any
 
-from mlx_flash.common.sizes import parse_ram
+from . import options
+from .progress import StageBar
+
+UNITS = {"recording": "token", "writing": "B"}
 
 
-def add(commands: Any) -> None:
-    """Add the command to the subparsers of ``mlx_flash``."""
-    parser = commands.add_parser(
-        "reorder",
-        help="lay rows that are asked for together near each other, so that fewer requests read "
-        "them; the model stays the same but for rounding",
-    )
-    parser.add_argument("--model", required=True, help="model directory")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    options.add_model(parser)
     parser.add_argument("--out", help="model directory to make (default: --model is replaced)")
     parser.add_argument(
         "--data",
@@ -28,35 +23,18 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="to learn from (default: 8192)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--ram", help="what the whole process may take, such as 4GB")
+    options.add_ram(parser, "4GB")
     parser.add_argument("--dry-run", action="store_true", help="only measure what it would give")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run_reorder)
+    parser.set_defaults(run=run)
 
 
-def run_reorder(args: argparse.Namespace) -> int:
-    """``mlx_flash reorder``."""
-    args.interrupted = "interrupted; run the same command again and it goes on where it stopped"
-    if args.ram is not None:
-        parse_ram(args.ram)
-    from tqdm import tqdm
-
+def run(args: argparse.Namespace) -> int:
+    """Reorder and print what it gives; returns the exit code."""
+    args.interrupted = options.GOES_ON
     from mlx_flash.calibration.reorder.reorder import reorder
 
-    units = {"recording": "token", "writing": "B"}
-    with tqdm(desc="reorder", disable=None) as bar:
-        at: tuple[str, int] = ("", 0)
-
-        def progress(stage: str, done: int, total: int) -> None:
-            nonlocal at
-            if at[0] != stage or done < at[1]:
-                bar.reset(total=total)
-                bar.set_description(stage, refresh=False)
-                bar.unit, bar.unit_scale = units.get(stage, "layer"), stage == "writing"
-                at = (stage, 0)
-            bar.update(done - at[1])
-            at = (stage, done)
-
+    with StageBar("reorder", UNITS, "layer", scaled=("writing",)) as bar:
         found = reorder(
             args.model,
             args.out,
@@ -65,7 +43,7 @@ def run_reorder(args: argparse.Namespace) -> int:
             ram=args.ram,
             seed=args.seed,
             dry_run=args.dry_run,
-            progress=progress,
+            progress=bar,
         )
     print(json.dumps(found, indent=2) if args.json else table(found))
     return 0

@@ -20,7 +20,6 @@ STILL_LONG = {
     "tests/support/tiny_mixtures.py",
     "tests/mlx_flash/calibration/test_calibrate.py",
     "tests/mlx_flash/calibration/test_expert_measure.py",
-    "tests/mlx_flash/cli/test_cli.py",
     "tests/mlx_flash/conversion/test_checkpoint.py",
     "tests/mlx_flash/conversion/test_convert.py",
     "tests/mlx_flash/conversion/test_gguf.py",

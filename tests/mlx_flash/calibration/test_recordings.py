@@ -190,7 +190,7 @@ def test_the_command_says_so_in_a_line(monkeypatch, capsys):
         warnings.warn("another", UserWarning, stacklevel=1)
         return 0
 
-    monkeypatch.setattr(sys.modules["mlx_flash.cli.main"], "run_verify", run)
+    monkeypatch.setattr("mlx_flash.cli.inspect.run_verify", run)
     with pytest.warns(UserWarning, match="another"):
         assert cli.main(["verify", "--model", "x"]) == 0
     assert capsys.readouterr().err == "mlx_flash: this is damaged; it is made again\n"

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from support.commands import run_command
 from support.platforms import fix_memory
 
-from mlx_flash import cli
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.predictors import predictor_file
@@ -28,17 +28,7 @@ def run(source, capsys, monkeypatch):
     """Run a command in this process: (exit code, stdout, stderr)."""
     fix_memory(monkeypatch, process=100_000_000, machine=2_000_000_000)
 
-    def run(command, *flags):
-        capsys.readouterr()
-        try:
-            code = cli.main([command, "--model", str(source), *map(str, flags)])
-        except SystemExit as exit_:  # argparse
-            code = exit_.code
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return code, printed.out, printed.err
-
-    return run
+    return lambda command, *flags: run_command(capsys, command, "--model", source, *flags)
 
 
 @pytest.fixture
