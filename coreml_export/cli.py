@@ -1,9 +1,7 @@
 """``python -m coreml_export MODEL -o OUT``: flags, what is printed, exit codes.
 
-Exit codes: 0 well, 1 the export computes something else or is damaged, 2 a request that cannot be
-carried out, 130 interrupted.
-
-Knows: the command line. Does not know: how anything is done; heavy imports wait for good arguments.
+Exit codes: 0 done, 1 the export computes something else than the model or is damaged, 2 a request
+that cannot be carried out, 130 interrupted. Heavy imports wait until the arguments are good.
 """
 
 from __future__ import annotations
@@ -86,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--coreml", action="store_true", help="also run Core ML's own prediction (macOS)"
     )
     parser.add_argument(
-        "--check", metavar="OUT", help="measure an export that is there instead of making one"
+        "--check",
+        metavar="OUT",
+        help="measure a finished export instead of making one; its settings are read from it",
     )
     return parser
 
@@ -109,37 +109,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from .export import Settings
+    from .settings import Settings
 
-    profiles = tuple(p.strip() for p in args.profile.split(",") if p.strip())
     if args.cache_rows is not None and args.cache_rows < 1:
-        raise UsageError(f"--cache-rows is at least 1, got {args.cache_rows}")
+        raise UsageError(f"--cache-rows is {args.cache_rows}; expected 1 or more")
     if not args.part_size > 0:
-        raise UsageError(f"--part-size is above 0, got {args.part_size}")
-    table = Path(args.quant_table) if args.quant_table else None
-    return Settings(
-        profiles=profiles,
+        raise UsageError(f"--part-size is {args.part_size}; expected a number above 0")
+    return Settings.of(
+        profiles=tuple(p.strip() for p in args.profile.split(",") if p.strip()),
         quant=args.quant,
-        table=table,
-        context=args.context or 0,
+        table=Path(args.quant_table) if args.quant_table else None,
+        precision=args.precision,
+        context=args.context,
         target=args.target,
         units=args.units,
         cache_rows=args.cache_rows,
         predictor=args.predictor,
-        precision=args.precision,
-        rounding=args.rounding,
         rows=args.rows,
         part_bytes=int(args.part_size * 1e9),
+        rounding=args.rounding,
     )
 
 
 def _export(args: argparse.Namespace) -> int:
     if not args.out:
         raise UsageError("say where to write: -o OUT")
-    if args.context is not None and args.context < 1:
-        raise UsageError(f"--context is at least 64 tokens, got {args.context}")
     settings = _settings(args)
-    from coreml_export.verification.coreml_device import require_macos
+    from .verification.coreml_device import require_macos
 
     if args.coreml:
         require_macos()
@@ -150,7 +146,7 @@ def _export(args: argparse.Namespace) -> int:
     reports: list[Any] = []
 
     def run(*given: Any) -> None:
-        from coreml_export.verification.verify import verify
+        from .verification.verify import verify
 
         bar.set_postfix_str("parity")
         reports.append(verify(*given, coreml=args.coreml))
@@ -172,37 +168,22 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from coreml_export.source.families import describe
-    from coreml_export.source.weights_source import Source
-    from coreml_export.verification.coreml_device import require_macos
-    from coreml_export.verification.verify import in_packages, measure
-
     from .bundle import manifest
+    from .source.families import describe
+    from .source.weights_source import Source
+    from .verification.coreml_device import require_macos
+    from .verification.verify import measure, stored_by
 
     if args.coreml:
         require_macos()
     out = Path(args.check)
     content = manifest.read(out)
     manifest.verify(out, content)
+    settings = manifest.settings_of(content)
     source = Source(args.model)
     decoder = describe(source)
-    chosen = [tuple(row) for row in content["recipe"]]
-    settings = replace(
-        _settings(args),
-        quant=content["quantisation"],
-        context=content["context"],
-        units=content["units"],
-        precision=content["precision"],
-        recipe=chosen,
-        rounding=content["rounding"],
-    )
-    if settings.calibrated:
-        settings = replace(
-            settings, codes=in_packages(out, content, settings.recipe, source, decoder)
-        )
-    report = measure(out, content, source, decoder, settings, args.coreml)
+    stored = stored_by(out, content, source, decoder, settings)
+    report = measure(out, content, source, decoder, settings, stored, args.coreml)
     print(report.markdown())
     report.raise_if_failed()
     return 0

@@ -1,8 +1,4 @@
-"""``manifest.json``: what an app has to know of an export, and what is checked before it is used.
-
-Knows: the manifest's fields, hashes, what a package's spec says of its functions. Does not know:
-how packages are made or run.
-"""
+"""``manifest.json``: what an app has to know of an export, and by what it is checked."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coreml_export.errors import ExportError
+from coreml_export.settings import PROFILES, Settings
 from mlx_flash.common.files import sha256_of
 from mlx_flash.errors import DamagedError
 
@@ -60,18 +57,26 @@ def _array(kind: Any) -> dict[str, Any]:
 
 
 def file_entries(out: Path, without: str = "") -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of every file of an export but the ones that speak of it."""
+    """Bytes and sha256 of every file of an export but manifest, report and README.
+
+    Args:
+        without: a directory to leave out.
+    """
     entries = {}
     for file in sorted(out.rglob("*")):
         name = file.relative_to(out).as_posix()
-        passing = bool(without) and name.split("/")[0] == without
-        if file.is_file() and name not in UNHASHED and not passing:
+        left_out = bool(without) and name.split("/")[0] == without
+        if file.is_file() and name not in UNHASHED and not left_out:
             entries[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return entries
 
 
 def write(out: Path, content: dict[str, Any], without: str = "") -> None:
-    """Write the manifest, hashes of all files included but those of a directory on its way out."""
+    """Write the manifest with the hashes of all files.
+
+    Args:
+        without: a directory of the export that is removed before it is done.
+    """
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
     content["files"] = file_entries(out, without)
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
@@ -82,12 +87,12 @@ def read(out: Path) -> dict[str, Any]:
     """The manifest of an export.
 
     Raises:
-        ExportError: there is none, or of another format.
+        ExportError: it cannot be read, or is of another format or version.
     """
     try:
         found = json.loads((out / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"{out} is no export, its {NAME} cannot be read: {error}") from error
+        raise ExportError(f"{out} is not an export, its {NAME} cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ExportError(f"{out / NAME} is not a manifest of coreml_export")
     if found.get("format_version") != FORMAT_VERSION:
@@ -96,6 +101,27 @@ def read(out: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}; export the model again"
         )
     return found
+
+
+def settings_of(content: dict[str, Any]) -> Settings:
+    """The settings that an export was made with, as far as its contents depend on them.
+
+    Raises:
+        ExportError: the manifest lacks one, or has one that this version does not know.
+    """
+    try:
+        return Settings(
+            profiles=tuple(profile for profile in PROFILES if profile in content),
+            quant=content["quantisation"],
+            recipe=[(pattern, scheme) for pattern, scheme in content["recipe"]],
+            precision=content["precision"],
+            context=content["context"],
+            target=content["target"],
+            units=content["units"],
+            rounding=content["rounding"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ExportError(f"{NAME} of this export lacks a setting: {error!r}") from error
 
 
 def verify(out: Path, content: dict[str, Any]) -> None:

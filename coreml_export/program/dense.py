@@ -1,11 +1,9 @@
 """The dense decoder as functions ``decode`` (one token) and ``prefill`` (64), in packages.
 
-One package holds everything below 1 GB. A larger model is cut: with a head of its own, the first
+One package holds a model below 1 GB. A larger model is cut: with a head of its own, the first
 part begins with the token numbers and the last ends with the logits; with a tied head a first
 package "ends" holds the embedding table once and four functions, embedding and head for each
 length. The chain of a function names what is called after what.
-
-Knows: names, shapes and states of the functions. Does not know: MIL operations (``parts``), files.
 """
 
 from __future__ import annotations
@@ -90,21 +88,19 @@ def plan(decoder: Decoder, layer_bytes: Sequence[int], ends: tuple[int, int], li
 
 
 def functions(
-    decoder: Decoder, weights: Weights, part: Part, context: int, wide: bool = True
+    decoder: Decoder, weights: Weights, part: Part, context: int, fp32_residual: bool = True
 ) -> dict[str, Any]:
-    """MIL functions of one package by name."""
+    """MIL functions of one package by name; see ``layers`` for ``fp32_residual``."""
     made: dict[str, Any] = {}
     for name, length in LENGTHS.items():
-        builder = Builder(decoder, weights, length, context, wide)
+        builder = Builder(decoder, weights, length, context, fp32_residual)
         if part.layers:
             made[name] = _layers(builder, part)
         elif part.embeds:
             made[f"embed_{name}"] = _function(_embed(builder), [_ids(length)])
-            made[f"head_{name}"] = _function(
-                _head(builder), [_hidden(length, decoder.d_model, wide)]
-            )
+            made[f"head_{name}"] = _function(_head(builder), [_hidden(builder, decoder.d_model)])
         else:
-            made[name] = _function(_head(builder), [_hidden(length, decoder.d_model, wide)])
+            made[name] = _function(_head(builder), [_hidden(builder, decoder.d_model)])
     return made
 
 
@@ -116,8 +112,11 @@ def _ids(length: int) -> Any:
     return mb.TensorSpec(shape=(1, length), dtype=types.int32)
 
 
-def _hidden(length: int, width: int, wide: bool) -> Any:
-    return mb.TensorSpec(shape=(1, length, width), dtype=types.fp32 if wide else types.fp16)
+def _hidden(builder: Builder, width: int, fp32: bool | None = None) -> Any:
+    """The spec of a hidden state, in the residual stream's type unless ``fp32`` says otherwise."""
+    fp32 = builder.fp32_residual if fp32 is None else fp32
+    shape = (1, builder.length, width)
+    return mb.TensorSpec(shape=shape, dtype=types.fp32 if fp32 else types.fp16)
 
 
 def state(rows: int, decoder: Decoder) -> Any:
@@ -174,8 +173,8 @@ def _layers(builder: Builder, part: Part) -> Any:
         return run(hidden, position, causalMask, [keyCache, valueCache])
 
     width = decoder.d_embedding if part.layers[0] == 0 else decoder.d_model
-    wide = builder.wide and part.layers[0] != 0  # embeddings are fp16 anyway
-    return _function(later, [_hidden(length, width, wide), *rest])
+    fp32 = builder.fp32_residual and part.layers[0] != 0  # embeddings are fp16 anyway
+    return _function(later, [_hidden(builder, width, fp32), *rest])
 
 
 def program(made: dict[str, Any]) -> Any:

@@ -1,11 +1,9 @@
 """The parts of a decoder in MIL, each the mirror of an MLX module.
 
-Matrices, attention and activations compute in fp16. So do, with ``wide`` off, norms, residual sums
-and logits: a norm then divides by the largest number first, since squares of fp16 overflow from 256
-on. With ``wide`` on, norms and residual sums are float32, and the head's product is added up from
-slices in float32: real models' logits are so large that fp16 cannot tell near ones apart.
-
-Knows: MIL operations. Does not know: packages, where weights come from.
+Matrices, attention and activations compute in fp16. With ``fp32_residual``, norms and residual sums
+are float32, and the head's product is added up from slices in float32: real models' logits are so
+large that fp16 cannot tell near ones apart. Without it all of that is fp16, and a norm divides by
+the largest number first, since squares of fp16 overflow from 256 on.
 """
 
 from __future__ import annotations
@@ -31,23 +29,31 @@ from coreml_export.source.decoder_spec import (
 from .coremltools_compat import mb, types
 from .weights import Weights
 
-MASKED = -1e4  # what a masked score is lowered by: far from fp16's largest number
+MASKED = -1e4  # added to the score of a key that a query may not see; fp16 holds it
 SMALLEST = np.float16(2**-10)  # what a norm divides by at least
 
 
 @dataclass
 class Builder:
-    """Parts for one function: so many tokens at once, a state of so many positions."""
+    """The parts of one function.
+
+    Args:
+        decoder: the model.
+        weights: of the package that the function belongs to.
+        length: tokens that it takes at once.
+        context: positions that its state holds.
+        fp32_residual: see above.
+    """
 
     decoder: Decoder
     weights: Weights
     length: int
     context: int
-    wide: bool = True
+    fp32_residual: bool = True
 
-    def widen(self, x: Any) -> Any:
-        """A part's result as the residual stream takes it."""
-        return mb.cast(x=x, dtype="fp32") if self.wide else x
+    def to_residual(self, x: Any) -> Any:
+        """A part's result in the type of the residual stream."""
+        return mb.cast(x=x, dtype="fp32") if self.fp32_residual else x
 
     def linear(self, x: Any, linear: Linear, bias: bool = True) -> Any:
         """``nn.Linear``."""
@@ -58,8 +64,8 @@ class Builder:
 
     def norm(self, x: Any, norm: Norm) -> Any:
         """``nn.RMSNorm`` or ``nn.LayerNorm`` over the last axis; gives fp16."""
-        if self.wide:
-            return self._wide_norm(x, norm)
+        if self.fp32_residual:
+            return self._fp32_norm(x, norm)
         size = mb.reduce_max(x=mb.abs(x=x), axes=[-1], keep_dims=True)
         size = mb.maximum(x=size, y=SMALLEST)
         y = mb.real_div(x=x, y=size)
@@ -75,16 +81,16 @@ class Builder:
             y = mb.add(x=y, y=self.weights.vector(norm.bias))
         return y
 
-    def _wide_norm(self, x: Any, norm: Norm) -> Any:
+    def _fp32_norm(self, x: Any, norm: Norm) -> Any:
         y = x if x.dtype == types.fp32 else mb.cast(x=x, dtype="fp32")
         if norm.kind == "layer":
             y = mb.sub(x=y, y=mb.reduce_mean(x=y, axes=[-1], keep_dims=True))
         square = mb.reduce_mean(x=mb.mul(x=y, y=y), axes=[-1], keep_dims=True)
         y = mb.mul(x=y, y=mb.rsqrt(x=square, epsilon=np.float32(norm.eps)))
         if norm.weight:
-            y = mb.mul(x=y, y=self.widen(self.weights.vector(norm.weight)))
+            y = mb.mul(x=y, y=self.to_residual(self.weights.vector(norm.weight)))
         if norm.bias:
-            y = mb.add(x=y, y=self.widen(self.weights.vector(norm.bias)))
+            y = mb.add(x=y, y=self.to_residual(self.weights.vector(norm.bias)))
         return mb.cast(x=y, dtype="fp16")
 
     def indices(self, position: Any) -> Any:
@@ -95,38 +101,38 @@ class Builder:
 
     def embed(self, ids: Any) -> Any:
         """Token numbers [1, length] -> [1, length, width]."""
-        pieces = embedding_pieces(self.decoder, self.wide)
+        pieces = embedding_pieces(self.decoder, self.fp32_residual)
         rows = [mb.gather(x=self.weights.matrix(p), indices=ids, axis=0) for p in pieces]
         return rows[0] if len(rows) == 1 else mb.concat(values=rows, axis=-1)
 
     def enter(self, x: Any, indices: Any) -> Any:
-        """What comes between the embedding and the first layer."""
+        """Projection and learned positions, between the embedding and the first layer."""
         decoder = self.decoder
         if decoder.project_in:
             x = self.linear(x, decoder.project_in)
-        x = self.widen(x)
+        x = self.to_residual(x)
         if decoder.positions:
             first = decoder.first_position
 
             def rows() -> np.ndarray:
-                table = self.weights.read(decoder.positions)
+                table = self.weights.packed(decoder.positions).floats()
                 return table[first : first + self.context]
 
             table = self.weights.table(f"{decoder.positions.name}/context", rows)
-            x = mb.add(x=x, y=self.widen(mb.gather(x=table, indices=indices, axis=0)))
+            x = mb.add(x=x, y=self.to_residual(mb.gather(x=table, indices=indices, axis=0)))
         return x
 
     def head(self, x: Any) -> Any:
         """The last layer's output -> logits."""
         if self.decoder.final_norm:
             x = self.norm(x, self.decoder.final_norm)
-        elif self.wide:
+        elif self.fp32_residual:
             x = mb.cast(x=x, dtype="fp16")
         if self.decoder.project_out:
             x = self.linear(x, self.decoder.project_out)
-        return self._wide_head(x) if self.wide else self.linear(x, self.decoder.head)
+        return self._fp32_head(x) if self.fp32_residual else self.linear(x, self.decoder.head)
 
-    def _wide_head(self, x: Any) -> Any:
+    def _fp32_head(self, x: Any) -> Any:
         head = self.decoder.head
         pieces = column_slices(head.weight, x.shape[-1])
         sizes = [p.columns[1] - p.columns[0] for p in pieces]
@@ -135,10 +141,10 @@ class Builder:
         for piece, part in zip(pieces, inputs, strict=True):
             zeros = self.weights.zeros(self.decoder.vocab)
             y = mb.linear(x=part, weight=self.weights.matrix(piece), bias=zeros)
-            y = self.widen(y)
+            y = self.to_residual(y)
             total = y if total is None else mb.add(x=total, y=y)
         if head.bias:
-            total = mb.add(x=total, y=self.widen(self.weights.vector(head.bias)))
+            total = mb.add(x=total, y=self.to_residual(self.weights.vector(head.bias)))
         return total
 
     def rope(self, indices: Any) -> tuple[Any, Any] | None:
@@ -226,7 +232,7 @@ class Builder:
         """The FFN of one layer."""
         value = self.linear(x, part.gate or part.up)
         other = self.linear(x, part.up) if part.gate else None
-        hidden, factor = activate(value, other, part, self.wide)
+        hidden, factor = activate(value, other, part, self.fp32_residual)
         y = self.linear(hidden, part.down, bias=factor is None)
         if factor is not None:
             y = mb.mul(x=y, y=factor)
@@ -237,17 +243,17 @@ class Builder:
     def layer(self, x: Any, part: Layer, cache: Any, index: int) -> Any:
         """A decoder layer; x is the residual stream."""
         x, normed = self.attend(x, part, cache, index)
-        return self.leave(mb.add(x=x, y=self.widen(self.ffn(normed, part.ffn))), part)
+        return self.leave(mb.add(x=x, y=self.to_residual(self.ffn(normed, part.ffn))), part)
 
     def attend(self, x: Any, part: Layer, cache: Any, index: int) -> tuple[Any, Any]:
         """A layer's first half: (residual stream, what the FFN takes)."""
         if part.order == "post":
-            given = mb.cast(x=x, dtype="fp16") if self.wide else x
+            given = mb.cast(x=x, dtype="fp16") if self.fp32_residual else x
             y = self.attention(given, part.attention, cache, index)
-            normed = self.norm(mb.add(x=x, y=self.widen(y)), part.attention_norm)
-            return self.widen(normed), normed
+            normed = self.norm(mb.add(x=x, y=self.to_residual(y)), part.attention_norm)
+            return self.to_residual(normed), normed
         normed = self.norm(x, part.attention_norm)
-        attended = self.widen(self.attention(normed, part.attention, cache, index))
+        attended = self.to_residual(self.attention(normed, part.attention, cache, index))
         if part.order == "parallel":
             if part.ffn_norm:
                 normed = self.norm(x, part.ffn_norm)
@@ -256,20 +262,25 @@ class Builder:
         return x, self.norm(x, part.ffn_norm)
 
     def leave(self, x: Any, part: Layer) -> Any:
-        """What a layer that norms last still has to do after its FFN."""
-        return self.widen(self.norm(x, part.ffn_norm)) if part.order == "post" else x
+        """The norm after the FFN, in layers that have one there."""
+        return self.to_residual(self.norm(x, part.ffn_norm)) if part.order == "post" else x
 
 
 def activate(
-    value: Any, other: Any | None, part: Ffn, wide: bool = False
+    value: Any, other: Any | None, part: Ffn, fp32_residual: bool = False
 ) -> tuple[Any, Any | None]:
-    """(what down is applied to, what down's output is multiplied by if anything).
+    """The activation of an FFN.
 
     Args:
-        wide: a smooth activation and its product are rounded once, not twice.
+        value: output of the gate, or of up where there is no gate.
+        other: output of up beside a gate.
+        fp32_residual: a smooth activation and its product are rounded once, not twice.
+
+    Returns:
+        (what down is applied to, factor for down's output or None).
     """
     factor = None
-    if wide and other is not None and part.activation in ("silu", "gelu", "gelu_approx"):
+    if fp32_residual and other is not None and part.activation in ("silu", "gelu", "gelu_approx"):
         value, other = (mb.cast(x=x, dtype="fp32") for x in (value, other))
         hidden, _ = activate(value, other, part)
         return mb.cast(x=hidden, dtype="fp16"), None

@@ -1,14 +1,12 @@
 """The decoder with its FFN rows outside: attention per layer, FFN over given or cached rows, head.
 
-A token takes, for each layer, a call of ``attention_i``, of ``predict_i`` (see ``predictor``) and
+A token takes, for each layer, a call of ``attention_i``, of ``predict_i`` (see ``predictors``) and
 of one FFN function, then one of ``head``. FFN functions hold no weights and serve all layers:
 ``ffn_rows_N`` computes over N rows that the caller hands over; ``ffn_cache_N`` first scatters N new
 rows into a state of rows that stays with Core ML, then computes over all of it (a sliding window as
 a state). A row is as it lies in the row file: gate, up and down one behind the other, then biases.
 For iOS 26 rows may be int8: their scales and biases are then an input of their own, ``extra``, and
 the state holds the float16 numbers that they stand for.
-
-Knows: names, shapes, states of the functions. Does not know: which rows are wanted (``host``).
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ def row_shape(decoder: Decoder) -> RowShape:
 
 
 def buckets(rows: int) -> list[int]:
-    """Numbers of rows that there are functions for: powers of two up to all rows."""
+    """How many rows ``ffn_rows_N`` takes, one function each: powers of two up to all rows."""
     whole = -(-rows // MULTIPLE) * MULTIPLE
     found = []
     size = SMALLEST_BUCKET
@@ -83,16 +81,18 @@ def functions(
     cache_rows: int,
     int8: bool = False,
     target: str = "iOS18",
-    wide: bool = True,
+    fp32_residual: bool = True,
 ) -> dict[str, Any]:
     """MIL functions of the paged package by name."""
-    builder = Builder(decoder, weights, 1, context, wide)
+    builder = Builder(decoder, weights, 1, context, fp32_residual)
     shape = row_shape(decoder)
     made = {f"attention_{i}": _attention(builder, i, target) for i in range(len(decoder.layers))}
     for size in buckets(decoder.d_ffn):
-        made[f"ffn_rows_{size}"] = _rows(decoder, shape, size, int8, target, wide)
+        made[f"ffn_rows_{size}"] = _rows(decoder, shape, size, int8, target, fp32_residual)
     for size in NEW_ROWS:
-        made[f"ffn_cache_{size}"] = _cached(decoder, shape, size, cache_rows, int8, target, wide)
+        made[f"ffn_cache_{size}"] = _cached(
+            decoder, shape, size, cache_rows, int8, target, fp32_residual
+        )
     made["head"] = _head(builder, target)
     return made
 
@@ -101,8 +101,8 @@ def _function(body: Callable[..., Any], specs: list[Any], target: str = "iOS18")
     return mb._create_function(body, specs, TARGETS[target])
 
 
-def _hidden(width: int, wide: bool = False) -> Any:
-    return mb.TensorSpec(shape=(1, 1, width), dtype=types.fp32 if wide else types.fp16)
+def _hidden(width: int, fp32_residual: bool = False) -> Any:
+    return mb.TensorSpec(shape=(1, 1, width), dtype=types.fp32 if fp32_residual else types.fp16)
 
 
 def _attention(builder: Builder, index: int, target: str) -> Any:
@@ -119,14 +119,16 @@ def _attention(builder: Builder, index: int, target: str) -> Any:
         cache = Cache(position, causalMask, turns, bias, 1, context, width, states)
         x, normed = builder.attend(x, part, cache, 0)
         if part.ffn.down.bias:  # FFN functions hold no weights
-            x = mb.add(x=x, y=builder.widen(builder.weights.vector(part.ffn.down.bias)))
+            x = mb.add(x=x, y=builder.to_residual(builder.weights.vector(part.ffn.down.bias)))
         return (
             mb.identity(x=x, name="residual"),
             mb.identity(x=normed, name="ffnInput"),
         )
 
     specs = [
-        _hidden(decoder.d_embedding) if index == 0 else _hidden(decoder.d_model, builder.wide),
+        _hidden(decoder.d_embedding)
+        if index == 0
+        else _hidden(decoder.d_model, builder.fp32_residual),
         mb.TensorSpec(shape=(1,), dtype=types.int32),
         mb.TensorSpec(shape=(1, 1, 1, context), dtype=types.fp16),
         state(context, decoder),
@@ -165,7 +167,7 @@ def _over(decoder: Decoder, shape: RowShape, residual: Any, x: Any, rows: Any, c
     return mb.identity(x=y, name="hiddenOut")
 
 
-def _wide(shape: RowShape, rows: Any, extra: Any, count: int) -> Any:
+def _dequantised(shape: RowShape, rows: Any, extra: Any, count: int) -> Any:
     """Rows of int8 with their scales and biases as rows of float16."""
     d = shape.d_model
     pieces = []
@@ -191,15 +193,15 @@ def _row_specs(shape: RowShape, count: int, int8: bool) -> list[Any]:
 
 
 def _rows(
-    decoder: Decoder, shape: RowShape, count: int, int8: bool, target: str, wide: bool
+    decoder: Decoder, shape: RowShape, count: int, int8: bool, target: str, fp32_residual: bool
 ) -> Any:
     def body(residual, ffnInput, rows):  # noqa: ANN001, ANN202
         return _over(decoder, shape, residual, ffnInput, rows, count)
 
     def coded(residual, ffnInput, rows, extra):  # noqa: ANN001, ANN202
-        return body(residual, ffnInput, _wide(shape, rows, extra, count))
+        return body(residual, ffnInput, _dequantised(shape, rows, extra, count))
 
-    ends = [_hidden(shape.d_model, wide), _hidden(shape.d_model)]
+    ends = [_hidden(shape.d_model, fp32_residual), _hidden(shape.d_model)]
     specs = [*ends, *_row_specs(shape, count, int8)]
     return _function(coded if int8 else body, specs, target)
 
@@ -211,7 +213,7 @@ def _cached(
     capacity: int,
     int8: bool,
     target: str,
-    wide: bool,
+    fp32_residual: bool,
 ) -> Any:
     def body(residual, ffnInput, newRows, slots, rowCache):  # noqa: ANN001, ANN202
         held = mb.read_state(input=rowCache)
@@ -220,10 +222,10 @@ def _cached(
         return _over(decoder, shape, residual, ffnInput, held, capacity)
 
     def coded(residual, ffnInput, newRows, extra, slots, rowCache):  # noqa: ANN001, ANN202
-        return body(residual, ffnInput, _wide(shape, newRows, extra, new), slots, rowCache)
+        return body(residual, ffnInput, _dequantised(shape, newRows, extra, new), slots, rowCache)
 
     specs = [
-        _hidden(shape.d_model, wide),
+        _hidden(shape.d_model, fp32_residual),
         _hidden(shape.d_model),
         *_row_specs(shape, new, int8),
         mb.TensorSpec(shape=(new,), dtype=types.int32),
@@ -237,25 +239,7 @@ def _head(builder: Builder, target: str) -> Any:
         x = builder.leave(hidden, builder.decoder.layers[-1])
         return mb.identity(x=builder.head(x), name="logits")
 
-    return _function(body, [_hidden(builder.decoder.d_model, builder.wide)], target)
-
-
-def rows_of_layer(weights: Weights, decoder: Decoder, layer: int) -> np.ndarray:
-    """All rows of a layer as they lie in the row file, fp16 [rows, width].
-
-    Their numbers are those that the dense packages hold, so that both compute the same model.
-    """
-    shape = row_shape(decoder)
-    part = decoder.layers[layer].ffn
-    d = shape.d_model
-    rows = np.zeros((decoder.d_ffn, shape.width), np.float16)
-    linears = {"gate": part.gate, "up": part.up, "down": part.down}
-    for i, name in enumerate(shape.parts):
-        array = weights.packed(linears[name].weight).floats()
-        rows[:, i * d : (i + 1) * d] = array.T if name == "down" else array
-    for i, name in enumerate(shape.biases):
-        rows[:, len(shape.parts) * d + i] = weights.read(linears[name].bias)
-    return rows
+    return _function(body, [_hidden(builder.decoder.d_model, builder.fp32_residual)], target)
 
 
 def row_layout(decoder: Decoder, int8: bool) -> RowLayout:
@@ -265,13 +249,3 @@ def row_layout(decoder: Decoder, int8: bool) -> RowLayout:
         return RowLayout.of([("row", "F16", (shape.width,))])
     parts = [("row", "U8", (shape.codes,)), ("extra", "F16", (shape.extra,))]
     return RowLayout.of(parts, pad=False)
-
-
-def as_int8(shape: RowShape, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(codes int8 [n, codes], scales and biases float16 [n, extra]) of rows of float16."""
-    d, parts = shape.d_model, len(shape.parts)
-    wide = rows[:, : shape.codes].astype(np.float32).reshape(len(rows), parts, d)
-    scale = np.maximum(np.abs(wide).max(axis=2) / 127, 2.0**-20).astype(np.float16)
-    codes = np.rint(wide / scale.astype(np.float32)[..., None]).clip(-127, 127).astype(np.int8)
-    extra = np.concatenate([scale, rows[:, shape.codes : shape.codes + len(shape.biases)]], axis=1)
-    return codes.reshape(len(rows), shape.codes), extra

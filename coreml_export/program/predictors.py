@@ -5,7 +5,7 @@ Each kind of ``mlx_flash.predictors`` has a ``Program`` here, which ``registry.K
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def choose(source: Source, decoder: Decoder, wanted: str = "auto") -> list[Choic
             "auto": exact where the activation has zeros, else trained.
 
     Raises:
-        ExportError: there is none.
+        ExportError: the model has no such predictor, or Core ML cannot compute it.
     """
     part = decoder.layers[0].ffn
     exact = part.activation in ZEROS
@@ -89,6 +89,16 @@ def choose(source: Source, decoder: Decoder, wanted: str = "auto") -> list[Choic
     for layer in found.layers:
         layer.tensors = {name: t.astype(mx.float32) for name, t in layer.tensors.items()}
     return [_choice(layer, part) for layer in found.layers]
+
+
+def trained(kinds: Iterable[str]) -> bool:
+    """Whether any of the layers' kinds, as ``Choice.kind`` names them, was fitted on text."""
+    return any(kind not in ("exact", "none") for kind in kinds)
+
+
+def wanted_by(kinds: Sequence[str]) -> str:
+    """What ``choose`` was asked for where it gave the layers these kinds."""
+    return "exact" if set(kinds) == {"exact"} else "trained"
 
 
 def _choice(layer: LayerPredictor, part: Ffn) -> Choice:

@@ -1,12 +1,10 @@
-"""Codes of a whole model that fit its inputs: the model is run over text, layer by layer.
+"""int8 and int4 codes of a whole model that fit its inputs: it is run over text, layer by layer.
 
 A first run, over less text, finds scales between what gives a channel and what takes it
-(``equalisation``). In the second each linear layer, when its turn comes, is read, rounded by what
-comes in (``compensation``), and passed on as it will be stored, so that later layers make up for
+(``channel_scaling``). In the second each linear layer, when its turn comes, is read, rounded by
+what comes in (``gptq``), and passed on as it will be stored, so that later layers make up for
 earlier ones. It is then let go: memory holds one matrix and the hidden states. Products are
 numpy's: MLX's on a Linux CPU take forty times as long.
-
-Knows: mlx-lm's modules, which matrices a decoder has. Does not know: how codes are found, MIL.
 """
 
 from __future__ import annotations
@@ -27,8 +25,9 @@ from .channel_scaling import Finder, Scales, folds
 from .formats import QuantizedRows
 from .gptq import compensated
 from .recipes import Recipe, scheme_of
+from .stored_weights import StoredWeights, read
 
-CODES = "codes"  # a directory that is gone when an export is done
+CODES = "codes"  # directory that holds codes while an export is made
 TEXTS = 40
 SCALING_TEXTS = 8  # scales need less
 TOKENS = 256
@@ -36,29 +35,30 @@ TIED = 1.0  # of the mean diagonal, for a matrix that is looked up as well as mu
 FIRST, APART = 60_000, 9_600  # letters of Persuasion; the report's text comes long before
 
 
-class Codes:
-    """Quantised tensors on disk.
+class CalibratedWeights:
+    """Tensors whose codes were found on text, kept on disk; all others are as elsewhere.
 
     Args:
-        path: a directory that is there.
+        path: an empty directory.
+        others: where tensors come from that have no codes here.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, others: StoredWeights) -> None:
+        self._path, self._others = path, others
         self._files: dict[tuple[str, tuple[int, int] | None], Path] = {}
 
     def put(self, name: str, columns: tuple[int, int] | None, packed: QuantizedRows) -> None:
-        """Keep what a tensor, or some of its columns, is stored as."""
+        """Keep what a tensor, or a range of its columns, is stored as."""
         file = self._path / f"{len(self._files)}.npz"
         scale = {} if packed.scale is None else {"scale": packed.scale}
         np.savez(file, scheme=packed.scheme, data=packed.data, **scale)
         self._files[name, columns] = file
 
-    def packed(self, tensor: Tensor) -> QuantizedRows | None:
-        """What a tensor is stored as; None where nothing was kept."""
+    def packed(self, tensor: Tensor) -> QuantizedRows:
+        """See ``StoredWeights``."""
         file = self._files.get((tensor.name, tensor.columns))
         if file is None:
-            return None
+            return self._others.packed(tensor)
         with np.load(file) as found:
             data, scale = found["data"], found.get("scale")
             scheme = str(found["scheme"])
@@ -73,59 +73,66 @@ def calibrate(
     source: Source,
     decoder: Decoder,
     chosen: Recipe,
-    wide: bool,
+    fp32_residual: bool,
     out: Path,
+    others: StoredWeights,
     progress: Callable[[int], Any] | None = None,
-    outside: bool = False,
-) -> Codes:
+    ffn_norm_has_other_readers: bool = False,
+) -> CalibratedWeights:
     """Find the codes of every int4 and int8 matrix of a linear layer.
 
     Args:
-        wide: the head is stored in slices.
-        outside: something else than the FFN takes what its norm gives.
-        out: the export being made; its tokenizer is there, and CODES will be.
+        chosen: which tensor is stored in how many bits.
+        fp32_residual: the head is stored in slices.
+        out: the export being made; its tokenizer is there, and the directory CODES will be.
+        others: where all other tensors come from.
         progress: called with the bytes of each tensor read, as float32.
+        ffn_norm_has_other_readers: more than the FFN takes what its norm gives, such as a trained
+            predictor, so that norm's weight must not be scaled.
+
+    Raises:
+        ExportError: a matrix has numbers that fp16 cannot hold.
     """
     (out / CODES).mkdir()
-    codes = Codes(out / CODES)
-    schemes = few_bits(source, decoder, chosen)
+    found = CalibratedWeights(out / CODES, others)
+    schemes = quantized_matrices(source, decoder, chosen)
     names = set(schemes)
     head = decoder.head.weight
-    scales = scaling(source, decoder, schemes, out, outside)
+    scales = scaling(source, decoder, schemes, out, ffn_norm_has_other_readers)
     for name, divisor in scales.norms():
-        packed = QuantizedRows("fp16", (source.take(name) / divisor).astype(np.float16))
-        codes.put(name, None, packed)
+        weight = (source.take(name) / divisor).astype(np.float16)
+        found.put(name, None, QuantizedRows("fp16", weight))
 
     def take(name: str, x: mx.array) -> np.ndarray:
         """Round a matrix by what comes in; gives what goes out."""
         given = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        array = scales.of(name, source.take(name))
+        array = scales.of(name, read(source, Tensor(name)))
         pieces = [None]
-        if wide and name == head.name:
+        if fp32_residual and name == head.name:
             pieces = [piece.columns for piece in column_slices(head, array.shape[1])]
         edges = [a for a, _ in (p or (0, 0) for p in pieces)] + [array.shape[1]]
         moments = given.T @ given / len(given)
         if name == decoder.embedding.name:  # it is looked up, too: its numbers count as such
             moments[np.diag_indices(len(moments))] += TIED * np.diagonal(moments).mean()
-        found = compensated(array, moments, schemes[name], edges)
-        for columns, packed in zip(pieces, found, strict=True):
-            codes.put(name, columns, packed)
+        rounded = compensated(array, moments, schemes[name], edges)
+        for columns, packed in zip(pieces, rounded, strict=True):
+            found.put(name, columns, packed)
         if progress:
             progress(array.nbytes)
         if name == head.name:
             return given[:, :1]  # nothing comes after it
-        return given @ np.concatenate([p.floats() for p in found], axis=1).T
+        return given @ np.concatenate([p.floats() for p in rounded], axis=1).T
 
     model = _hooked(source, decoder, names, take)
     for name, _ in scales.norms():
         module = _at(model, name.removesuffix(".weight"))
-        module.weight = mx.array(codes.packed(Tensor(name)).floats())
+        module.weight = mx.array(found.packed(Tensor(name)).floats())
     model(_texts(decoder, out, TEXTS))  # layers that are hooked compute when they are called
-    return codes
+    return found
 
 
-def few_bits(source: Source, decoder: Decoder, chosen: Recipe) -> dict[str, str]:
-    """int4 or int8, by name, for all that is rounded on text."""
+def quantized_matrices(source: Source, decoder: Decoder, chosen: Recipe) -> dict[str, str]:
+    """Name of every matrix that is rounded on text -> int4 or int8."""
     found = {}
     for tensor, matrix in tensors(decoder):
         if matrix:
@@ -134,10 +141,14 @@ def few_bits(source: Source, decoder: Decoder, chosen: Recipe) -> dict[str, str]
 
 
 def scaling(
-    source: Source, decoder: Decoder, schemes: dict[str, str], out: Path, outside: bool
+    source: Source,
+    decoder: Decoder,
+    schemes: dict[str, str],
+    out: Path,
+    ffn_norm_has_other_readers: bool,
 ) -> Scales:
-    """Run the model as it is and find its scales."""
-    finder = Finder(folds(decoder, schemes, outside), schemes)
+    """Run the float model over text and find the scales between its channels."""
+    finder = Finder(folds(decoder, schemes, ffn_norm_has_other_readers), schemes)
     head = decoder.head.weight.name
 
     def take(name: str, x: mx.array) -> np.ndarray:
@@ -163,7 +174,7 @@ def _texts(decoder: Decoder, out: Path, count: int) -> mx.array:
 def _hooked(
     source: Source, decoder: Decoder, names: set[str], take: Callable[..., np.ndarray]
 ) -> Any:
-    """The model, whose linear layers call ``take`` with a matrix' name and what comes in."""
+    """The model, its linear layers calling ``take`` with a matrix' name and their input."""
     model = source.prepared(names - {decoder.embedding.name})
     for name in sorted(names):
         path = name.removesuffix(".weight")

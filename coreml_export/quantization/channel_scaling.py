@@ -4,8 +4,6 @@ A norm's weight, up's rows and v's rows each give channels that are linear in th
 that take these channels may have their columns multiplied by anything that the giver is divided by
 (SmoothQuant, arXiv 2211.10438; AWQ, arXiv 2306.00978). The model computes the same, at no cost. A
 row of int8, or of blocks of int4, does not notice what it is divided by.
-
-Knows: a decoder's parts, arrays. Does not know: how codes are found, MIL.
 """
 
 from __future__ import annotations
@@ -73,12 +71,15 @@ class Scales:
         return array
 
 
-def folds(decoder: Decoder, few: Collection[str], outside: bool) -> list[Fold]:
-    """All that a decoder allows.
+def folds(
+    decoder: Decoder, matrices: Collection[str], ffn_norm_has_other_readers: bool
+) -> list[Fold]:
+    """Every set of channels of a decoder that may be scaled.
 
     Args:
-        few: matrices that are rounded to few bits; no other is touched.
-        outside: something else than the FFN takes what its norm gives (a trained predictor).
+        matrices: names of those that are quantised; no other is touched.
+        ffn_norm_has_other_readers: more than the FFN takes what its norm gives, such as a trained
+            predictor.
     """
     found = []
     for layer in decoder.layers:
@@ -90,11 +91,11 @@ def folds(decoder: Decoder, few: Collection[str], outside: bool) -> list[Fold]:
             repeats = decoder.heads // decoder.kv_heads
             shared = (repeats, decoder.head_dim) if repeats > 1 else (1, 1)
             found.append(Fold(attention.v.weight.name, (attention.out.weight.name,), shared))
-        if pre and _bare(layer.ffn_norm) and not outside:
+        if pre and _bare(layer.ffn_norm) and not ffn_norm_has_other_readers:
             found.append(_fold(layer.ffn_norm.weight.name, ffn))
         if ffn.gate and _plain(ffn.up):
             found.append(Fold(ffn.up.weight.name, (ffn.down.weight.name,)))
-    return [f for f in found if set(f.takers) <= set(few) and (f.norm or f.giver in few)]
+    return [f for f in found if set(f.takers) <= set(matrices) and (f.norm or f.giver in matrices)]
 
 
 def _bare(norm: Norm | None) -> bool:

@@ -1,8 +1,6 @@
 """What a decoder is made of: one description for every architecture that can be exported.
 
-Everything behind ``architecture`` works on this description alone.
-
-Knows: the parts of a decoder, the names of their tensors. Does not know: families, MIL, numbers.
+``families`` makes it; programs, quantisation and verification work on this description alone.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ import numpy as np
 
 from coreml_export.errors import ExportError
 
-MULTIPLE = 32
+MULTIPLE = 32  # that sizes of states and tables are rounded up to
+LEAST_CONTEXT = 64
 SLICES = 8  # of the head, whose sums are added up in float32
 
 
@@ -136,20 +135,25 @@ def column_slices(tensor: Tensor, width: int) -> list[Tensor]:
     ]
 
 
-def embedding_pieces(decoder: Decoder, wide: bool) -> list[Tensor]:
+def embedding_pieces(decoder: Decoder, fp32_residual: bool) -> list[Tensor]:
     """What the embedding is stored as: in the head's slices where both are one tensor."""
-    if wide and decoder.head.weight.name == decoder.embedding.name:
+    if fp32_residual and decoder.head.weight.name == decoder.embedding.name:
         return column_slices(decoder.embedding, decoder.d_embedding)
     return [decoder.embedding]
 
 
-def check_context(decoder: Decoder, context: int) -> None:
-    """Raise ExportError unless the decoder can run so many tokens."""
-    if context < 64 or context % 32:
+def check_length(context: int) -> None:
+    """Raise ExportError unless Core ML's states can hold a context of this many tokens."""
+    if context < LEAST_CONTEXT or context % MULTIPLE:
         raise ExportError(
-            f"a context of {context} tokens; expected a multiple of 32, at least 64 "
-            "(Core ML's states fail otherwise)"
+            f"a context of {context} tokens; expected a multiple of {MULTIPLE}, at least "
+            f"{LEAST_CONTEXT} (Core ML's states fail otherwise)"
         )
+
+
+def check_context(decoder: Decoder, context: int) -> None:
+    """Raise ExportError unless a decoder can run a context of this many tokens."""
+    check_length(context)
     if decoder.limit is not None and context > decoder.limit:
         raise ExportError(
             f"a context of {context} tokens, but this {decoder.model_type} model has positions or "

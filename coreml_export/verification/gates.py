@@ -71,7 +71,7 @@ class Report:
     """Rows of (what, against what, distance, gate), other findings, and what failed."""
 
     quant: str
-    wide: bool = True
+    fp32_residual: bool = True
     rows: list[tuple[str, str, Distance, Gate | None]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
@@ -79,12 +79,12 @@ class Report:
     @property
     def export_gate(self) -> Gate:
         """For the error of the export alone."""
-        return EXPORT if self.wide else NARROW
+        return EXPORT if self.fp32_residual else NARROW
 
     @property
     def model_gate(self) -> Gate:
         """For the distance from the model."""
-        return NARROW if self.quant == "none" and not self.wide else MODEL[self.quant]
+        return NARROW if self.quant == "none" and not self.fp32_residual else MODEL[self.quant]
 
     def add(self, what: str, against: str, found: Distance, gate: Gate | None) -> None:
         self.rows.append((what, against, found, gate))

@@ -81,13 +81,13 @@ class Function:
         self._outputs = [var.name for var in function.outputs]
         self._constants: dict[str, Any] = {}
         self._steps: list[tuple[Any, Any, list[tuple[str, Any]]]] = []
-        used = _wide_weights(function)
+        used = _matmul_weights(function)
         for op in function.operations:
             self._take(op, weights, used)
 
-    def _take(self, op: Any, weights: dict[bytes, np.ndarray], wide: set[str]) -> None:
+    def _take(self, op: Any, weights: dict[bytes, np.ndarray], multiplied: set[str]) -> None:
         if op.op_type == "const":
-            self._constants[op.outputs[0].name] = _shared(op.outputs[0], weights, wide)
+            self._constants[op.outputs[0].name] = _shared(op.outputs[0], weights, multiplied)
             return
         arguments = [(key, _names(value)) for key, value in op.inputs.items() if value is not None]
         if op.op_type not in (*KERNELS, "read_state", "coreml_update_state"):
@@ -173,7 +173,7 @@ def _numpy_type(var: Any) -> Any:
     return np.dtype(types.nptype_from_builtin(primitive)) if not types.is_str(primitive) else None
 
 
-def _wide_weights(function: Any) -> set[str]:
+def _matmul_weights(function: Any) -> set[str]:
     """Constants that matmuls take: kept as float32, which numpy multiplies fast."""
     found = set()
     for op in function.operations:
@@ -182,12 +182,12 @@ def _wide_weights(function: Any) -> set[str]:
     return found
 
 
-def _shared(var: Any, weights: dict[bytes, np.ndarray], wide: set[str]) -> Any:
+def _shared(var: Any, weights: dict[bytes, np.ndarray], multiplied: set[str]) -> Any:
     """A constant; large ones once for all functions that have the same."""
     value = var.val
     if not isinstance(value, np.ndarray) or value.size < 1024:
         return value
     key = hashlib.sha256(_bytes(value)).digest()
     if key not in weights:
-        weights[key] = value.astype(np.float32) if var.name in wide else value
+        weights[key] = value.astype(np.float32) if var.name in multiplied else value
     return weights[key]

@@ -13,12 +13,16 @@ from coreml_export.source.weights_source import Source
 from coreml_export.verification.verify import logits
 
 
-def found_in(path, out, quant, outside=False):
+def found_in(path, out, quant, ffn_norm_has_other_readers=False):
     source = Source(path)
     decoder = describe(source)
     tokenizer.write(source, out / "tokenizer")
-    schemes = calibrate.few_bits(source, decoder, recipe(quant))
-    return source, decoder, calibrate.scaling(source, decoder, schemes, out, outside)
+    schemes = calibrate.quantized_matrices(source, decoder, recipe(quant))
+    return (
+        source,
+        decoder,
+        calibrate.scaling(source, decoder, schemes, out, ffn_norm_has_other_readers),
+    )
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
@@ -41,7 +45,7 @@ def test_biases_and_predictors_keep_what_they_see(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "TEXTS", 1)
     model = FIXTURES / "llama-relu-austen"
     (tmp_path / "a").mkdir()
-    _, decoder, scales = found_in(model, tmp_path / "a", "int8", outside=True)
+    _, decoder, scales = found_in(model, tmp_path / "a", "int8", ffn_norm_has_other_readers=True)
     norms = [name for name, _ in scales.norms()]
     assert norms == [layer.attention_norm.weight.name for layer in decoder.layers]
     opt = Source(checkpoint(tmp_path / "opt", "opt"))

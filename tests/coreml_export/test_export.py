@@ -17,15 +17,16 @@ from support.coreml_tools import (
     settings,
 )
 
-from coreml_export import cli, export
-from coreml_export.bundle import manifest
+from coreml_export import cli
+from coreml_export.bundle import manifest, sizes
+from coreml_export.export import export
 from coreml_export.quantization import calibrate as calibrate_module
 from coreml_export.source import rotary_tables, tokenizer
 from coreml_export.source.families import describe
 from coreml_export.source.weights_source import Source
 from coreml_export.verification.interpreter import Package
 from coreml_export.verification.verify import dense_runner, logits
-from mlx_flash.errors import FlashError
+from mlx_flash.errors import FlashError, ReadError
 
 QUICK = 96  # tokens of context: measured on 64, without a greedy continuation
 FALCON_RW = {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False}
@@ -94,8 +95,8 @@ def llama(tmp_path_factory):
     from coreml_export.verification.verify import verify
 
     out = tmp_path_factory.mktemp("llama") / "out"
-    chosen = export.Settings(("dense", "paged"), context=CONTEXT, cache_rows=192)
-    return export.export(FIXTURES / "llama-relu-austen", out, chosen, verify)
+    chosen = settings(profiles=("dense", "paged"), cache_rows=192)
+    return export(FIXTURES / "llama-relu-austen", out, chosen, verify)
 
 
 def test_a_trained_llama_passes_all_gates_dense_and_paged(llama):
@@ -229,7 +230,7 @@ def test_a_table_mixes_schemes(tmp_path):
     (tmp_path / "table.json").write_text('{"*self_attn*": "int8", "*embed*": "fp16"}')
     chosen = settings(quant="int4", table=tmp_path / "table.json")
     model = checkpoint(tmp_path / "model")
-    export.export(model, tmp_path / "out", chosen)
+    export(model, tmp_path / "out", chosen)
     program = Package(tmp_path / "out/decoder.mlpackage")
     kinds = {}
     for op in operations(program._spec, "decode"):
@@ -253,7 +254,7 @@ def test_a_model_directory_exports_as_its_checkpoint(tmp_path):
     assert packages[0] == packages[1]
 
 
-def test_trained_predictors_say_what_mlx_flash_says(tmp_path):
+def test_trained_predictors_say_what_mlx_flash_says(tmp_path, capsys):
     from mlx_flash.calibration.calibrate import calibrate
     from mlx_flash.conversion.convert import convert
 
@@ -266,6 +267,9 @@ def test_trained_predictors_say_what_mlx_flash_says(tmp_path):
     assert float(share.rstrip("%")) >= 99.9
     content = manifest.read(tmp_path / "out")["paged"]
     assert "low-rank" in content["predictors"] and not content["exact"]
+    # By the predictors that are in it; ReLU's exact one, which is the default, has other masks.
+    code, said = run(directory, "--check", tmp_path / "out", capsys=capsys)
+    assert code == 0, said
 
 
 def run(*args, capsys):
@@ -283,15 +287,18 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--context", "100"], "multiple of 32"),
+        (["--context", "100"], "context of 100 tokens; expected a multiple of 32, at least 64"),
+        (["--context", "40"], "context of 40 tokens; expected a multiple of 32, at least 64"),
+        (["--context", "0"], "context of 0 tokens; expected a multiple of 32, at least 64"),
         (["--quant", "int4", "--units", "all"], "Neural Engine refuses"),
         (["--target", "iOS17"], "iOS18, iOS26"),
-        (["--profile", "sparse"], "dense, paged"),
+        (["--profile", "sparse"], "profiles sparse; expected some of dense, paged"),
+        (["--profile", ","], "profiles none; expected some of dense, paged"),
         (["--profile", "paged"], "no trained predictors"),
         (["--profile", "paged", "--predictor", "exact"], "no zeros"),
         (["--quant-table", "/nowhere"], "no table"),
         (["--part-size", "0.00001"], "no package may go above"),
-        (["--cache-rows", "0"], "at least 1"),
+        (["--cache-rows", "0"], "--cache-rows is 0; expected 1 or more"),
         (["--rows", "int8"], "--target iOS26"),
     ],
 )
@@ -317,9 +324,22 @@ def test_what_is_there_is_not_overwritten(small, tmp_path, capsys):
 
 def test_a_full_disk_is_refused_beforehand(small, tmp_path, capsys, monkeypatch):
     usage = type(shutil.disk_usage("/"))
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage(100, 100, 0))
+    monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: usage(100, 100, 0))
     code, said = run(small, "-o", tmp_path / "out", capsys=capsys)
     assert code == 2 and "not enough disk" in said
+
+
+def test_a_model_that_cannot_be_read_is_not_told_as_a_full_disk(
+    small, tmp_path, capsys, monkeypatch
+):
+    def fail(*_):
+        raise ReadError(5, f"reading {small}, layer 1: Input/output error")
+
+    monkeypatch.setattr(Source, "take", fail)
+    code, said = run(small, "-o", tmp_path / "out", capsys=capsys)
+    assert code == 1
+    assert f"reading {small}, layer 1: Input/output error" in said and "writing" not in said
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_unknown_architectures_and_activations_are_refused(tmp_path, capsys):

@@ -9,10 +9,10 @@ import pytest
 from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
     constexpr_blockwise_shift_scale,
 )
-from support.coreml_tools import checkpoint, edited, make, operations, report
+from support.coreml_tools import checkpoint, edited, make, operations, report, settings
 
-from coreml_export import export
-from coreml_export.bundle import manifest, mlpackage
+from coreml_export import export as export_module
+from coreml_export.bundle import manifest, mlpackage, sizes
 from coreml_export.bundle.mlpackage import WEIGHTS
 from coreml_export.errors import ParityError
 from coreml_export.program import layers
@@ -77,14 +77,14 @@ def test_an_input_widened_to_int32_fails(model, out, tmp_path):
 
 
 def test_two_swapped_layers_fail(model, tmp_path, monkeypatch):
-    describe = export.describe
+    describe = export_module.describe
 
     def swapped(source):
         decoder = describe(source)
         a, b, *rest = decoder.layers
         return replace(decoder, layers=[b, a, *rest])
 
-    monkeypatch.setattr(export, "describe", swapped)
+    monkeypatch.setattr(export_module, "describe", swapped)
     assert report(model, make(model, tmp_path / "bad")).failed
 
 
@@ -124,19 +124,19 @@ def test_an_export_that_fails_leaves_nothing(model, tmp_path):
         raise ParityError("no")
 
     with pytest.raises(ParityError):
-        export.export(model, tmp_path / "out", export.Settings(context=64), refuse)
+        export_module.export(model, tmp_path / "out", settings(context=64), refuse)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_up_is_said_to_be_full(model, tmp_path, monkeypatch):
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(mlpackage.shutil, "disk_usage", lambda path: usage(100, 100, 0))
-    monkeypatch.setattr(export, "_check_disk", lambda out, needed: None)
+    monkeypatch.setattr(sizes, "check_disk", lambda *_: None)
 
     def fails(*_, **__):
         raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data")
 
-    monkeypatch.setattr(mlpackage.ct, "convert", fails)
+    monkeypatch.setattr(mlpackage, "to_spec", fails)
     with pytest.raises(FlashError, match="is full"):
         make(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

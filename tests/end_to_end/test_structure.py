@@ -15,7 +15,6 @@ MOST_PAIRS = 60
 # Modules that are to be split yet.
 STILL_LONG = {
     "mlx_flash/storage/reader.py",
-    "coreml_export/export.py",
     "tests/support/tiny.py",
     "tests/support/tiny_mixtures.py",
     "tests/mlx_flash/calibration/test_calibrate.py",

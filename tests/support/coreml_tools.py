@@ -9,9 +9,11 @@ from pathlib import Path
 from coremltools.proto import Model_pb2
 from support import tiny
 
-from coreml_export import export
 from coreml_export.bundle import manifest
 from coreml_export.bundle.mlpackage import SPEC
+from coreml_export.export import export
+from coreml_export.quantization.stored_weights import RoundedWeights
+from coreml_export.settings import Settings
 from coreml_export.source.families import describe
 from coreml_export.source.weights_source import Source
 from coreml_export.verification import verify
@@ -26,11 +28,11 @@ def checkpoint(path, model_type="llama", **other):
 
 
 def settings(**other):
-    return export.Settings(**{"context": CONTEXT} | other)
+    return Settings.of(**{"context": CONTEXT} | other)
 
 
 def make(model, out, **other):
-    return export.export(model, out, settings(**other))
+    return export(model, out, settings(**other))
 
 
 def report(model, out, **other):
@@ -39,14 +41,16 @@ def report(model, out, **other):
     chosen = settings(**other)
     content = manifest.read(out)
     chosen = replace(chosen, profiles=tuple(p for p in ("dense", "paged") if p in content))
-    return verify.measure(out, content, source, describe(source), chosen)
+    decoder = describe(source)
+    stored = RoundedWeights(source, decoder, chosen.recipe)
+    return verify.measure(out, content, source, decoder, chosen, stored)
 
 
 def measured(model, out, **other):
     """Export and measure on the way, as --verify does, whatever the report says."""
     reports = []
     chosen = settings(**other)
-    export.export(model, out, chosen, lambda *given: reports.append(verify.measure(*given)))
+    export(model, out, chosen, lambda *given: reports.append(verify.measure(*given)))
     return reports[0]
 
 
