@@ -2,8 +2,6 @@
 
 Tensors are read one at a time, under mlx-lm's names, as float32; quantised ones as the numbers that
 they stand for.
-
-Knows: the checkpoints of mlx_flash, model directories, their row files. Does not know: Core ML.
 """
 
 from __future__ import annotations
@@ -21,10 +19,11 @@ from mlx_flash.conversion.open_checkpoint import open_checkpoint
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.model_directory.config import read_config
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.model_directory.writing import CALIBRATION
 from mlx_flash.models import families
-from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.quantized_rows import QuantScheme, rows_of, scheme_from
 from mlx_flash.models.registry import make_model
+from mlx_flash.paging.row_weights import read_layer
 
 
 class Source:
@@ -71,7 +70,7 @@ class Source:
         return np.array(array, copy=False)
 
     def write_tokenizer(self, out: Path) -> None:
-        """Copy tokenizer files, licence and card."""
+        """Put tokenizer files, licence and card into a directory."""
         self._tensors.write_tokenizer(out)
 
     def reference(self, replaced: dict[str, np.ndarray] | None = None) -> Any:
@@ -120,7 +119,10 @@ def _model_directory(path: Path) -> ModelDirectory | None:
 
 
 class _CheckpointTensors:
-    """A checkpoint's tensors, each as often as wanted: a checkpoint gives each once."""
+    """A checkpoint's tensors, each as often as asked for; a checkpoint itself gives each once.
+
+    The last one is kept, since it is often asked for in several pieces.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -128,13 +130,18 @@ class _CheckpointTensors:
         self.config = self._checkpoint.config
         self.shapes = dict(self._checkpoint.shapes)
         self._taken: set[str] = set()
+        self._last: tuple[str, mx.array] | None = None
 
     def take(self, name: str) -> mx.array:
+        if self._last and self._last[0] == name:
+            return self._last[1]
+        self._last = None  # freed before the next is read
         if name in self._taken:
             self._checkpoint = open_checkpoint(self._path, RequestedFormat(dequantize=True))
             self._taken.clear()
         self._taken.add(name)
-        return self._checkpoint.take(name)
+        self._last = (name, self._checkpoint.take(name))
+        return self._last[1]
 
     def write_tokenizer(self, out: Path) -> None:
         self._checkpoint.write_tokenizer(out)
@@ -167,9 +174,9 @@ class _DirectoryTensors:
             base, _, last = name.rpartition(".")
             if last in ("scales", "biases") and f"{base}.weight" in self._resident:
                 continue
-            packing = self._scheme(base) if f"{base}.scales" in self._resident else None
-            if packing and last == "weight":
-                yield name, (*array.shape[:-1], array.shape[-1] * 32 // packing.bits)
+            scheme = self._scheme(base) if f"{base}.scales" in self._resident else None
+            if scheme and last == "weight":
+                yield name, (*array.shape[:-1], array.shape[-1] * 32 // scheme.bits)
             else:
                 yield name, tuple(array.shape)
         d_model = self._directory.d_model
@@ -205,36 +212,28 @@ class _DirectoryTensors:
         arrays = self._rows(layer)
         directory = self._directory
         if directory.unit == "neuron":
-            packing = directory.scheme
             if directory.ffn.fused and part != "down":
                 halves = [arrays[key] for key in ("gate", "up")]
                 return mx.concatenate(halves)
-            rows = rows_of(arrays, part, packing)
-            floats = rows.floats(mx.float32) if packing else rows
+            rows = rows_of(arrays, part, directory.scheme)
+            floats = rows.floats(mx.float32) if directory.scheme else rows
             return floats.T if part == "down" else floats
         path = next(k for k, v in self._places.items() if v[0] == layer and v[2] == name)
         return _floats(arrays, name, self._scheme(path.removesuffix(".weight")))
 
     def _rows(self, layer: int) -> dict[str, mx.array]:
-        """A layer's rows by part, each [rows, ...]; the last layer asked for is kept."""
+        """A layer's rows by part; the last layer asked for is kept."""
         if self._layer is None or self._layer[0] != layer:
-            file = self._directory.rows
-            entry, layout = file.layers[layer], file.layers[layer].layout
-            raw = np.fromfile(file.path, np.uint8, entry.nbytes, offset=entry.offset)
-            raw = raw.reshape(entry.rows, layout.stride)
-            arrays = {}
-            for p in layout.parts:
-                piece = np.ascontiguousarray(raw[:, p.offset : p.offset + p.nbytes])
-                array = mx.array(piece).view(DTYPES[p.dtype]).reshape(entry.rows, *p.shape)
-                arrays[p.name] = array if self._directory.unit == "neuron" else array.squeeze(0)
-            mx.eval(list(arrays.values()))
+            self._layer = None  # freed before the next is read
+            arrays = read_layer(self._directory.rows, layer)
+            if self._directory.unit != "neuron":  # one row, which is the whole FFN
+                arrays = {name: array.squeeze(0) for name, array in arrays.items()}
             self._layer = (layer, arrays)
         return self._layer[1]
 
     def write_tokenizer(self, out: Path) -> None:
-        ours = {"config.json", "calibration.json", "calibration.txt", "experts.json"}
         for file in sorted(self._directory.path.iterdir()):
-            foreign = file.suffix in (".safetensors", ".png") or file.name in ours
+            foreign = file.suffix == ".safetensors" or file.name in ("config.json", *CALIBRATION)
             if file.is_file() and not foreign:
                 (out / file.name).write_bytes(file.read_bytes())
 
@@ -246,13 +245,13 @@ def _load(shard: Path) -> dict[str, mx.array]:
         raise DamagedError(f"{shard} cannot be read: {error}; copy it again") from error
 
 
-def _floats(arrays: dict[str, mx.array], base: str, packing: QuantScheme) -> mx.array:
-    scales = [arrays[f"{base}.{s}"] for s in packing.suffixes]
-    return mx.dequantize(arrays[f"{base}.weight"], *scales, **packing.kwargs())
+def _floats(arrays: dict[str, mx.array], base: str, scheme: QuantScheme) -> mx.array:
+    scales = [arrays[f"{base}.{s}"] for s in scheme.suffixes]
+    return mx.dequantize(arrays[f"{base}.weight"], *scales, **scheme.kwargs())
 
 
 def chat_template(tokenizer: Path) -> str | None:
-    """The chat template among tokenizer files, if there is one."""
+    """The chat template among the tokenizer files of a directory; None if there is none."""
     if (tokenizer / "chat_template.jinja").is_file():
         return (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     file = tokenizer / "tokenizer_config.json"

@@ -117,3 +117,15 @@ def whole_layer(reader: RowReader, layer: int) -> SlotMemory:
 def first_row(memory: SlotMemory) -> dict[str, mx.array]:
     """The arrays of a memory of one row, not copied (``array[0]`` would be)."""
     return {name: array.squeeze(0) for name, array in memory.arrays.items()}
+
+
+def read_layer(file: RowFile, layer: int) -> dict[str, mx.array]:
+    """All rows of a layer through the page cache: part -> array [rows, *shape of the part].
+
+    For whoever reads a row file once, such as an exporter; paging keeps a reader open.
+    """
+    reader = RowReader(file, threads=1, direct=False)
+    try:
+        return whole_layer(reader, layer).arrays
+    finally:
+        reader.close()
