@@ -1,10 +1,7 @@
 """From a model to its description, family by family.
 
 A family's function reads the arguments of the mlx-lm model that mlx_flash would run, and names the
-tensors of each part.
-
-Knows: llama, mistral, qwen2, qwen3, sparsellama, bamboo, opt, falcon, persimmon, phi. Does not
-know: MIL, numbers of weights. Any other family is an error.
+tensors of each part. A family without a function here (see BUILDERS) is an error.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from mlx_flash.models.decoders.opt import FIRST_POSITION
 from .decoder_spec import Attention, Decoder, Ffn, Layer, Linear, Norm, Tensor
 from .weights_source import Source
 
+OPT_EPS = 1e-5  # in no config
 ACTIVATIONS = ("relu", "relu2", "fatrelu", "gelu", "gelu_approx", "silu")
 
 
@@ -31,7 +29,8 @@ def describe(source: Source) -> Decoder:
     """The description of a source's model.
 
     Raises:
-        ModelError: the family, or something in the config, cannot be exported.
+        ExportError: the family or its activation cannot be exported.
+        ModelError: the config contradicts itself.
     """
     model_type = source.config.get("model_type")
     if model_type not in BUILDERS:
@@ -48,7 +47,8 @@ def describe(source: Source) -> Decoder:
     decoder = BUILDERS[model_type](source, table)
     if decoder.heads % decoder.kv_heads:
         raise ModelError(
-            f"{source.path}: {decoder.heads} heads are no multiple of {decoder.kv_heads} of keys"
+            f"{source.path}: {decoder.heads} query heads are not a multiple of "
+            f"{decoder.kv_heads} key heads"
         )
     return decoder
 
@@ -95,20 +95,44 @@ def split_halves(heads: int, head_dim: int, dims: int) -> np.ndarray:
     return np.concatenate([pairs[:, 0::2], pairs[:, 1::2], order[:, dims:]], axis=1).reshape(-1)
 
 
-def _width(source: Source, linear: Linear) -> int:
-    return source.shapes[linear.weight.name][0]
-
-
 def _dynamic_limit(rope: Any, limit: int | None) -> int | None:
-    """With dynamic scaling MLX's frequencies are fixed only up to the original length."""
+    """The context limit; dynamic scaling changes MLX's frequencies beyond the original length."""
     if type(rope).__name__ != "DynamicNTKScalingRoPE":
         return limit
     return min(rope.max_position_embeddings, limit or rope.max_position_embeddings)
 
 
+def _decoder(
+    source: Source, layers: list[Layer], head_dim: int, embedding: str, **other: Any
+) -> Decoder:
+    """A description with what all families have in common.
+
+    Args:
+        embedding: name of the token embedding's weight.
+        other: the remaining fields of ``Decoder``, and those that differ.
+    """
+    args = source.model.args
+    common = {
+        "model_type": source.config["model_type"],
+        "d_model": args.hidden_size,
+        "d_ffn": source.shapes[layers[0].ffn.up.weight.name][0],
+        "heads": args.num_attention_heads,
+        "kv_heads": args.num_attention_heads,
+        "vocab": args.vocab_size,
+        "head": _head(source, embedding),
+        "scale": head_dim**-0.5,
+    }
+    fields = common | other
+    return Decoder(layers=layers, head_dim=head_dim, embedding=Tensor(embedding), **fields)
+
+
+def _layer_paths(source: Source, path: str) -> list[str]:
+    return [f"{path}.{i}" for i in range(len(source.model.layers))]
+
+
 def _llama(source: Source, table: families.Ffn) -> Decoder:
     args = source.model.args
-    inner = source.model.model
+    eps = args.rms_norm_eps
     head_dim = getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
     rope = source.model.layers[0].self_attn.rope
     traditional = bool(getattr(rope, "traditional", False))
@@ -120,18 +144,17 @@ def _llama(source: Source, table: families.Ffn) -> Decoder:
             "k": split_halves(args.num_key_value_heads, head_dim, head_dim),
         }
     layers = []
-    for i in range(len(source.model.layers)):
-        path = f"model.layers.{i}"
+    for path in _layer_paths(source, "model.layers"):
         attn = f"{path}.self_attn"
-        norms: dict[str, Norm] = {}
-        for key in ("q_norm", "k_norm"):
-            if f"{attn}.{key}.weight" in source.names:
-                norms[key] = _norm(source, f"{attn}.{key}", "rms", args.rms_norm_eps)
-        eps = args.rms_norm_eps
         projections = [
             _linear(source, f"{attn}.{p}_proj", orders.get(p), "halves" if p in orders else "")
             for p in "qkvo"
         ]
+        norms = {
+            key: _norm(source, f"{attn}.{key}", "rms", eps)
+            for key in ("q_norm", "k_norm")
+            if f"{attn}.{key}.weight" in source.names
+        }
         layers.append(
             Layer(
                 "pre",
@@ -141,23 +164,18 @@ def _llama(source: Source, table: families.Ffn) -> Decoder:
                 _norm(source, f"{path}.post_attention_layernorm", "rms", eps),
             )
         )
-    return Decoder(
-        model_type=source.config["model_type"],
-        d_model=args.hidden_size,
-        d_ffn=_width(source, layers[0].ffn.up),
-        heads=args.num_attention_heads,
+    return _decoder(
+        source,
+        layers,
+        head_dim,
+        "model.embed_tokens.weight",
         kv_heads=args.num_key_value_heads,
-        head_dim=head_dim,
-        vocab=inner.embed_tokens.weight.shape[0],
-        layers=layers,
-        embedding=Tensor("model.embed_tokens.weight"),
-        head=_head(source, "model.embed_tokens.weight"),
-        final_norm=_norm(source, "model.norm", "rms", args.rms_norm_eps),
+        vocab=source.model.model.embed_tokens.weight.shape[0],
+        final_norm=_norm(source, "model.norm", "rms", eps),
         rope=rope,
         rope_dims=head_dim,
         rope_traditional=traditional,
         limit=_dynamic_limit(rope, sliding),
-        scale=head_dim**-0.5,
     )
 
 
@@ -169,79 +187,58 @@ def _phi(source: Source, table: families.Ffn) -> Decoder:
     args = source.model.args
     head_dim = args.hidden_size // args.num_attention_heads
     eps = args.layer_norm_eps
-    layers = []
-    for i in range(len(source.model.layers)):
-        path = f"model.layers.{i}"
-        names = ("q_proj", "k_proj", "v_proj", "dense")
-        layers.append(
-            Layer(
-                "parallel",
-                Attention(*(_linear(source, f"{path}.self_attn.{name}") for name in names)),
-                _ffn(source, path, table),
-                _norm(source, f"{path}.input_layernorm", "layer", eps),
-                None,
-            )
+    names = ("q_proj", "k_proj", "v_proj", "dense")
+    layers = [
+        Layer(
+            "parallel",
+            Attention(*(_linear(source, f"{path}.self_attn.{name}") for name in names)),
+            _ffn(source, path, table),
+            _norm(source, f"{path}.input_layernorm", "layer", eps),
+            None,
         )
-    rope = source.model.layers[0].self_attn.rope
-    return Decoder(
-        model_type="phi",
-        d_model=args.hidden_size,
-        d_ffn=_width(source, layers[0].ffn.up),
-        heads=args.num_attention_heads,
+        for path in _layer_paths(source, "model.layers")
+    ]
+    return _decoder(
+        source,
+        layers,
+        head_dim,
+        "model.embed_tokens.weight",
         kv_heads=args.num_key_value_heads,
-        head_dim=head_dim,
-        vocab=args.vocab_size,
-        layers=layers,
-        embedding=Tensor("model.embed_tokens.weight"),
         head=_linear(source, "lm_head"),
         final_norm=_norm(source, "model.final_layernorm", "layer", eps),
-        rope=rope,
+        rope=source.model.layers[0].self_attn.rope,
         rope_dims=int(args.partial_rotary_factor * head_dim),
-        scale=head_dim**-0.5,
     )
 
 
 def _opt(source: Source, table: families.Ffn) -> Decoder:
     args = source.model.args
-    inner = source.model.model.decoder
-    order = "pre" if args.do_layer_norm_before else "post"
-    layers = []
-    for i in range(len(source.model.layers)):
-        path = f"model.decoder.layers.{i}"
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        layers.append(
-            Layer(
-                order,
-                Attention(*(_linear(source, f"{path}.self_attn.{name}") for name in names)),
-                _ffn(source, path, table),
-                _norm(source, f"{path}.self_attn_layer_norm", "layer", 1e-5),
-                _norm(source, f"{path}.final_layer_norm", "layer", 1e-5),
-            )
+    base, inner = "model.decoder", source.model.model.decoder
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    layers = [
+        Layer(
+            "pre" if args.do_layer_norm_before else "post",
+            Attention(*(_linear(source, f"{path}.self_attn.{name}") for name in names)),
+            _ffn(source, path, table),
+            _norm(source, f"{path}.self_attn_layer_norm", "layer", OPT_EPS),
+            _norm(source, f"{path}.final_layer_norm", "layer", OPT_EPS),
         )
-    base = "model.decoder"
-    head_dim = args.hidden_size // args.num_attention_heads
-    return Decoder(
-        model_type="opt",
-        d_model=args.hidden_size,
-        d_ffn=_width(source, layers[0].ffn.up),
-        heads=args.num_attention_heads,
-        kv_heads=args.num_attention_heads,
-        head_dim=head_dim,
-        vocab=args.vocab_size,
-        layers=layers,
-        embedding=Tensor(f"{base}.embed_tokens.weight"),
-        head=_head(source, f"{base}.embed_tokens.weight"),
-        final_norm=(
-            _norm(source, f"{base}.final_layer_norm", "layer", 1e-5)
-            if "final_layer_norm" in inner
-            else None
-        ),
+        for path in _layer_paths(source, f"{base}.layers")
+    ]
+    last = None
+    if "final_layer_norm" in inner:
+        last = _norm(source, f"{base}.final_layer_norm", "layer", OPT_EPS)
+    return _decoder(
+        source,
+        layers,
+        args.hidden_size // args.num_attention_heads,
+        f"{base}.embed_tokens.weight",
+        final_norm=last,
         positions=Tensor(f"{base}.embed_positions.weight"),
         first_position=FIRST_POSITION,
         project_in=_linear(source, f"{base}.project_in") if "project_in" in inner else None,
         project_out=_linear(source, f"{base}.project_out") if "project_out" in inner else None,
         limit=args.max_position_embeddings,
-        scale=head_dim**-0.5,
         narrow=args.word_embed_proj_dim,
     )
 
@@ -252,16 +249,15 @@ def _falcon(source: Source, table: families.Ffn) -> Decoder:
     per = heads // groups + 2  # queries, key and value of a group lie together
     index = np.arange(groups * per * dim).reshape(groups, per, dim)
     picks = {"q": index[:, :-2], "k": index[:, -2], "v": index[:, -1]}
+    two = args.num_ln_in_parallel_attn == 2
+    first, second = ("ln_attn", "ln_mlp") if two else ("input_layernorm", None)
+    if not args.parallel_attn:
+        second = "post_attention_layernorm"
+    eps = args.layer_norm_epsilon
     layers = []
-    for i in range(len(source.model.layers)):
-        path = f"transformer.h.{i}"
+    for path in _layer_paths(source, "transformer.h"):
         fused = f"{path}.self_attention.query_key_value"
         qkv = [_linear(source, fused, rows.reshape(-1), part) for part, rows in picks.items()]
-        two = args.num_ln_in_parallel_attn == 2
-        first, second = ("ln_attn", "ln_mlp") if two else ("input_layernorm", None)
-        if not args.parallel_attn:
-            second = "post_attention_layernorm"
-        eps = args.layer_norm_epsilon
         layers.append(
             Layer(
                 "parallel" if args.parallel_attn else "pre",
@@ -271,29 +267,20 @@ def _falcon(source: Source, table: families.Ffn) -> Decoder:
                 _norm(source, f"{path}.{second}", "layer", eps) if second else None,
             )
         )
-    embedding = "transformer.word_embeddings.weight"
-    slopes = None
-    rope = None
     if args.alibi:
-        slopes = np.array(alibi_slopes(heads).astype(mx.float32))
+        positions = {"slopes": np.array(alibi_slopes(heads).astype(mx.float32))}
     else:
         rope = source.model.layers[0].self_attention.rope
-    return Decoder(
+        positions = {"rope": rope, "rope_dims": dim}
+    return _decoder(
+        source,
+        layers,
+        dim,
+        "transformer.word_embeddings.weight",
         model_type="falcon",
-        d_model=args.hidden_size,
-        d_ffn=_width(source, layers[0].ffn.up),
-        heads=heads,
         kv_heads=groups,
-        head_dim=dim,
-        vocab=args.vocab_size,
-        layers=layers,
-        embedding=Tensor(embedding),
-        head=_head(source, embedding),
-        final_norm=_norm(source, "transformer.ln_f", "layer", args.layer_norm_epsilon),
-        rope=rope,
-        rope_dims=0 if args.alibi else dim,
-        slopes=slopes,
-        scale=dim**-0.5,
+        final_norm=_norm(source, "transformer.ln_f", "layer", eps),
+        **positions,
     )
 
 
@@ -301,20 +288,17 @@ def _persimmon(source: Source, table: families.Ffn) -> Decoder:
     args = source.model.args
     heads = args.num_attention_heads
     dim = args.hidden_size // heads
-    index = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
-    layers = []
     eps = args.layer_norm_eps
-    for i in range(len(source.model.layers)):
-        path = f"model.layers.{i}"
+    index = np.arange(heads * 3 * dim).reshape(heads, 3, dim)
+    named = {"q_norm": "q_layernorm", "k_norm": "k_layernorm"} if args.qk_layernorm else {}
+    layers = []
+    for path in _layer_paths(source, "model.layers"):
         attn = f"{path}.self_attn"
         qkv = [
             _linear(source, f"{attn}.query_key_value", index[:, j].reshape(-1), part)
             for j, part in enumerate("qkv")
         ]
-        norms = {}
-        if args.qk_layernorm:
-            for key, name in (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")):
-                norms[key] = _norm(source, f"{attn}.{name}", "layer", eps)
+        norms = {key: _norm(source, f"{attn}.{name}", "layer", eps) for key, name in named.items()}
         layers.append(
             Layer(
                 "pre",
@@ -325,22 +309,15 @@ def _persimmon(source: Source, table: families.Ffn) -> Decoder:
             )
         )
     rope = source.model.layers[0].self_attn.rope
-    return Decoder(
-        model_type="persimmon",
-        d_model=args.hidden_size,
-        d_ffn=_width(source, layers[0].ffn.up),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=dim,
-        vocab=args.vocab_size,
-        layers=layers,
-        embedding=Tensor("model.embed_tokens.weight"),
-        head=_head(source, "model.embed_tokens.weight"),
+    return _decoder(
+        source,
+        layers,
+        dim,
+        "model.embed_tokens.weight",
         final_norm=_norm(source, "model.final_layernorm", "layer", eps),
         rope=rope,
         rope_dims=_rope_dims(rope),
         limit=_dynamic_limit(rope, None),
-        scale=dim**-0.5,
     )
 
 
