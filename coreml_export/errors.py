@@ -1,7 +1,4 @@
-"""Errors of the export; see ``mlx_flash.errors`` for what a message has to say.
-
-Knows: names and exit codes. Does not know: who raises them.
-"""
+"""Errors of the export; see ``mlx_flash.errors`` for what a message has to say."""
 
 from mlx_flash.errors import FlashError
 

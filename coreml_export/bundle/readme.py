@@ -1,7 +1,4 @@
-"""README.md of an export: for whoever builds the app, with the calls in Swift.
-
-Knows: the manifest. Does not know: how the export was made.
-"""
+"""README.md of an export: for whoever builds the app, with the calls in Swift."""
 
 from __future__ import annotations
 
@@ -114,7 +111,7 @@ rows.withUnsafeMutableBytes {{ memory, _ in
 }}
 ```
 
-`coreml_export/host.py` is this loop in Python, with the choice of slots; it is what parity was
+`coreml_export/verification/paged_host.py` is this loop in Python, with the choice of slots; it is what parity was
 measured with.
 """
 

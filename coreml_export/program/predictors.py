@@ -149,7 +149,7 @@ class Program:
 
 
 class ExactProgram(Program):
-    """The gate, or up where there is none, held against where the activation begins."""
+    """The gate, or up in ungated FFNs, compared with the argument where the activation begins."""
 
     @staticmethod
     def level(layer: LayerPredictor, part: Ffn) -> float:

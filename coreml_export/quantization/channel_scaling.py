@@ -1,4 +1,4 @@
-"""Scales between what gives a channel and what takes it, so that few bits hold the takers well.
+"""Scales between what gives a channel and what takes it, so that the takers quantise well.
 
 A norm's weight, up's rows and v's rows each give channels that are linear in them; the matrices
 that take these channels may have their columns multiplied by anything that the giver is divided by
@@ -42,7 +42,7 @@ class Fold:
 
 @dataclass
 class Scales:
-    """What matrices' rows are divided by, and their columns multiplied by, by name."""
+    """Scales of a whole model, by a matrix' name: divisors of rows, factors of columns."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Scales:
         return [(name, self.rows[name]) for name in self._norms]
 
     def of(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A tensor as it takes part in the scaled model."""
+        """A tensor of the scaled model."""
         if name in self.columns:
             array = array * self.columns[name]
         if name in self.rows:
@@ -182,7 +182,7 @@ def scales(
 
 
 def expected(sizes: np.ndarray, squares: np.ndarray, s: np.ndarray, block: int) -> float:
-    """Square error that rounding leaves in the product, but for a factor."""
+    """Square error of the product after rounding, up to a constant factor."""
     largest = (sizes * s).reshape(len(sizes), -1, block).max(axis=2)
     noise = (squares / s**2).reshape(-1, block).sum(axis=1)
     return float((largest**2 @ noise).sum())

@@ -2,8 +2,6 @@
 
 int8: one scale for each output channel. int4: one scale for each block of 32 numbers along the
 input. palette4: sixteen values for each group of output channels, experimental.
-
-Knows: numpy arrays. Does not know: which tensor gets what (``recipes``), MIL.
 """
 
 from __future__ import annotations
@@ -37,13 +35,13 @@ class QuantizedRows:
 
     @property
     def bits(self) -> int:
-        """Bits that it takes on disk, alignment not counted."""
+        """Bits on disk, without alignment."""
         per = {"fp16": 16, "int8": 8, "int4": 4, "palette4": 4}[self.scheme]
         extra = sum(a.size * 16 for a in (self.scale, self.lut) if a is not None)
         return self.data.size * per + extra
 
     def floats(self) -> np.ndarray:
-        """The numbers that it stands for, float32 rounded to fp16 as Core ML decompresses them."""
+        """The numbers as Core ML decompresses them: float32, rounded to fp16."""
         if self.scheme == "fp16":
             return self.data.astype(np.float32)
         if self.scheme == "palette4":
@@ -61,7 +59,7 @@ class QuantizedRows:
 
 
 def pack(array: np.ndarray, scheme: str) -> QuantizedRows:
-    """A float32 array under a scheme; matrices only, but for fp16."""
+    """A float32 array rounded to a scheme; only fp16 takes other arrays than matrices."""
     if scheme == "fp16":
         return QuantizedRows("fp16", array.astype(np.float16))
     pieces = [_pack(piece, scheme) for piece in _pieces(array, scheme)]

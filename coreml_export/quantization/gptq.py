@@ -4,8 +4,6 @@ Rounding a matrix number by number keeps the numbers near; what counts is the pr
 second moments of a layer's inputs on real text, the columns are rounded one after the other, those
 of the largest inputs first, and the error of each is taken out of those to come, by what H says
 they have in common (GPTQ, arXiv 2210.17323). Scales are chosen beforehand.
-
-Knows: arrays. Does not know: models (``calibration``), MIL.
 """
 
 from __future__ import annotations
@@ -28,9 +26,10 @@ FACTORS = {"int4": np.linspace(1.0, 0.7, 7), "int8": np.linspace(1.0, 0.8, 5)}
 def compensated(
     array: np.ndarray, moments: np.ndarray, scheme: str, edges: Sequence[int]
 ) -> list[QuantizedRows]:
-    """A matrix [out, in] in few bits, cut along its input.
+    """A matrix [out, in] quantised by GPTQ, cut along its input.
 
     Args:
+        array: float32.
         moments: mean of x x^T over the layer's inputs, [in, in].
         scheme: int4 (a scale for a block of 32) or int8 (one for each piece).
         edges: where pieces begin and, last, the width.

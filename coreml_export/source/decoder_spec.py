@@ -21,15 +21,18 @@ SLICES = 8  # of the head, whose sums are added up in float32
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A named tensor, some of its rows in another order, or some of its columns."""
+    """A named tensor, or a selection of its rows (in any order) or of a range of its columns.
+
+    ``part`` tells selections of one tensor apart.
+    """
 
     name: str
     rows: np.ndarray | None = None
     columns: tuple[int, int] | None = None
-    part: str = ""  # tells selections of one tensor apart
+    part: str = ""
 
     def of(self, array: np.ndarray) -> np.ndarray:
-        """What it selects of the whole tensor."""
+        """The selected part of the whole tensor."""
         chosen = array if self.rows is None else array[self.rows]
         return chosen[:, slice(*self.columns)] if self.columns else chosen
 
@@ -93,7 +96,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """All that the export needs of an architecture."""
+    """A decoder: sizes, layers, and how positions enter."""
 
     model_type: str
     d_model: int
@@ -136,7 +139,7 @@ def column_slices(tensor: Tensor, width: int) -> list[Tensor]:
 
 
 def embedding_pieces(decoder: Decoder, fp32_residual: bool) -> list[Tensor]:
-    """What the embedding is stored as: in the head's slices where both are one tensor."""
+    """The pieces in which the embedding is stored: the head's slices where both are one tensor."""
     if fp32_residual and decoder.head.weight.name == decoder.embedding.name:
         return column_slices(decoder.embedding, decoder.d_embedding)
     return [decoder.embedding]

@@ -2,8 +2,6 @@
 
 The module is applied to ones, so that every kind of scaling that mlx-lm has comes out as mlx-lm
 computes it, scaled amplitudes (yarn) included.
-
-Knows: MLX's two ways to pair the numbers of a head. Does not know: configs, MIL.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The tokenizer of an export: always a tokenizer.json, whatever the model came with.
-
-Knows: tokenizer files. Does not know: models.
-"""
+"""The tokenizer of an export: always a tokenizer.json, whatever the model came with."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 
 
 def write(source: Source, out: Path) -> None:
-    """Put tokenizer files into a directory, tokenizer.json among them.
+    """Make a directory with the model's tokenizer files, tokenizer.json among them.
 
     Raises:
-        ExportError: the model has none, or none that tokenizer.json can be made from.
+        ExportError: the model has no tokenizer, or one that tokenizer.json cannot be made from.
     """
     out.mkdir()
     source.write_tokenizer(out)
@@ -42,22 +39,22 @@ def write(source: Source, out: Path) -> None:
         fast.backend_tokenizer.save(str(out / "tokenizer.json"))
     except Exception as error:  # of whatever library reads the old format
         raise ExportError(
-            f"no tokenizer.json can be made from {old or 'vocab.json'} of {source.path}: {error}"
+            f"tokenizer.json cannot be made from {old or 'vocab.json'} of {source.path}: {error}"
         ) from error
     if old:
         _compare(source, out, old)
 
 
 def _compare(source: Source, out: Path, old: str) -> None:
-    """Raise ExportError unless tokenizer.json cuts text as the sentencepiece model does."""
+    """Raise ExportError unless tokenizer.json splits text as the sentencepiece model does."""
     from sentencepiece import SentencePieceProcessor
 
     text = TEXT.read_text(encoding="utf-8")[3000:6000] + " Größe: 3½ €"
     expected = SentencePieceProcessor(model_file=str(out / old)).encode(text)
     if load(out).encode(text, add_special_tokens=False).ids != expected:
         raise ExportError(
-            f"the tokenizer.json made from {old} of {source.path} cuts text otherwise than {old} "
-            "does; put a tokenizer.json of the model there"
+            f"the tokenizer.json made from {old} of {source.path} splits text differently from "
+            f"{old}; put a tokenizer.json of the model there"
         )
 
 
@@ -72,7 +69,7 @@ def load(out: Path) -> Any:
 
 
 def sample(out: Path, count: int, start: int = 3000) -> list[int]:
-    """Token numbers of real text: Persuasion, from a paragraph on."""
+    """Token numbers of real text: ``count`` tokens of Persuasion from a letter on."""
     text = TEXT.read_text(encoding="utf-8")
     begin = text.index(" ", start) + 1
     return load(out).encode(text[begin : begin + 16 * count + 1000]).ids[:count]

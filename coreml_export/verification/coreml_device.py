@@ -1,7 +1,6 @@
 """Core ML's own prediction behind the interpreter's interface; macOS only.
 
-Knows: ``MLModel.predict``, ``make_state``. Does not know: what is compared with what. Not run yet:
-nothing of this project was on a Mac.
+It has not been run yet: nothing of this project was on a Mac.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Runs the dense packages of an export in the interpreter, as a host app would.
-
-Knows: chains of functions, states, masks. Does not know: what the packages were made from.
-"""
+"""Runs the dense packages of an export in the interpreter, as a host app would."""
 
 from __future__ import annotations
 
@@ -17,14 +14,21 @@ Chains = Mapping[str, Sequence[tuple[str, str]]]
 
 
 def causal_mask(position: int, length: int, context: int) -> np.ndarray:
-    """What a function wants as ``causalMask`` [1, 1, length, context]."""
+    """A function's input ``causalMask`` [1, 1, length, context]: 0 at visible keys, else MASKED."""
     own = position + np.arange(length)[:, None]
     mask = np.where(np.arange(context)[None] <= own, 0, MASKED)
     return mask.astype(np.float16)[None, None]
 
 
 class DenseRunner:
-    """One sequence. ``lengths`` says how many tokens each chain takes at once."""
+    """One sequence over the dense packages.
+
+    Args:
+        packages: by the names that chains use.
+        chains: name -> (package, function) in the order of calls.
+        lengths: how many tokens each chain takes at once.
+        context: tokens that the states hold.
+    """
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class DenseRunner:
         return np.concatenate([self.call("decode", [token]) for token in tokens])
 
     def greedy(self, prompt: Sequence[int], count: int, prefill: bool = True) -> list[int]:
-        """Continue a prompt with the likeliest token, so many times."""
+        """Continue a prompt by ``count`` tokens, the likeliest each time."""
         self.reset()
         logits = (self.prompt if prefill else self.decode)(prompt)[-1]
         found = [int(logits.argmax())]

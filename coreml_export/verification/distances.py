@@ -1,7 +1,4 @@
-"""How far two sets of logits lie apart.
-
-Knows: arrays [tokens, vocabulary]. Does not know: whose they are.
-"""
+"""How far two sets of logits lie apart."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ class Distance:
     """Of some tokens' logits from a reference's.
 
     Args:
-        tokens: how many.
-        max: largest difference.
+        tokens: how many were compared.
+        max: largest difference of a logit.
         psnr: peak (the reference's largest logit in size) over root mean square error, dB.
         kl: mean Kullback-Leibler divergence of what is measured from the reference, nats.
         top1: share of tokens whose likeliest next token is the same.
@@ -38,7 +35,7 @@ class Distance:
 
 
 def distance(found: np.ndarray, reference: np.ndarray) -> Distance:
-    """Compare logits; what is not finite counts as infinitely far."""
+    """Compare logits [tokens, vocabulary]; logits that are not finite are infinitely far."""
     if found.shape != reference.shape:
         raise ValueError(f"logits {found.shape} against {reference.shape}")
     tokens = len(found)

@@ -4,8 +4,6 @@ Every function is run by the interpreter on the reloaded packages and held again
 twice: with the model's own weights, and with the weights as they are stored (rounded or
 quantised), which leaves the error of the export alone. This is program parity: what Core ML's
 compilers and devices make of the program is measured on macOS only, by Core ML's own prediction.
-
-Knows: gates, reports. Does not know: how packages are made.
 """
 
 from __future__ import annotations
@@ -22,17 +20,20 @@ from .dense_host import DenseRunner
 from .distances import Distance, distance
 from .paged_host import PagedHost
 
-TOKENS = 64  # at least so many are measured, by each function
-GREEDY = 64
+TOKENS = 64  # measured by each function, at least
+GREEDY = 64  # tokens that a prompt is continued by
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a distance has to keep to.
+    """Limits that a distance has to keep to.
 
     Args:
-        ties: top-1 counts two tokens as one that float16 cannot tell apart (``measures``): for what
-            asks whether a program is right, not how good its weights are.
+        kl: most nats of divergence.
+        top1: least share of tokens with the same likeliest next token.
+        psnr: least dB.
+        ties: top-1 counts two tokens as one that float16 cannot tell apart (``distances``): for
+            gates about the program, not about how good its weights are.
     """
 
     kl: float
@@ -60,7 +61,7 @@ MODEL = {
     # Experimental, so held to what int4 is.
     "palette4": Gate(kl=5e-2, top1=0.90),
 }
-# Without sums in float32: fp16 logits of size 20 are 0.016 apart, which alone costs 1e-5.
+# Without sums in float32: neighbouring fp16 numbers near 20 are 0.016 apart, which costs 1e-5.
 NARROW = Gate(kl=1e-4, top1=0.98, psnr=60.0)
 PAGED = Gate(kl=1e-5, top1=1.0)
 PREFILL_MAX = 0.01  # of the logits' scale
@@ -68,7 +69,15 @@ PREFILL_MAX = 0.01  # of the logits' scale
 
 @dataclass
 class Report:
-    """Rows of (what, against what, distance, gate), other findings, and what failed."""
+    """What was measured and whether it passed.
+
+    Args:
+        quant: see ``Settings``; chooses the gates.
+        fp32_residual: residuals, norms and logits are summed in float32; likewise.
+        rows: (function, what it was compared with, distance, gate or None).
+        facts: other findings by their name.
+        failed: a line for each gate that was missed.
+    """
 
     quant: str
     fp32_residual: bool = True
@@ -78,12 +87,12 @@ class Report:
 
     @property
     def export_gate(self) -> Gate:
-        """For the error of the export alone."""
+        """The gate for the error of the export alone."""
         return EXPORT if self.fp32_residual else NARROW
 
     @property
     def model_gate(self) -> Gate:
-        """For the distance from the model."""
+        """The gate for the distance from the model with its own weights."""
         return NARROW if self.quant == "none" and not self.fp32_residual else MODEL[self.quant]
 
     def add(self, what: str, against: str, found: Distance, gate: Gate | None) -> None:
@@ -98,12 +107,12 @@ class Report:
 
     @property
     def only_bits(self) -> bool:
-        """Whether the packages compute what their weights say, and only these are too coarse."""
+        """Whether all that fails is that the quantised weights are too far from the model's."""
         coarse = self.quant != "none" and bool(self.failed)
         return coarse and all(" against MLX float32: " in line for line in self.failed)
 
     def raise_if_failed(self) -> None:
-        """Raises ParityError with everything that failed."""
+        """Raise ParityError with everything that failed."""
         if self.failed:
             listed = "".join(f"\n  {line}" for line in self.failed)
             if self.only_bits:
@@ -202,8 +211,8 @@ def greedy(
     """Continue a prompt both ways: by prefill and decode, and by decode alone.
 
     Args:
-        apart: how far the two functions' logits lie apart at most, measured elsewhere; where the
-            two best logits are nearer together than that, either may be taken.
+        apart: largest distance between the two functions' logits; where the two best logits are
+            nearer together than that, either may be taken.
     """
     both = runner.greedy(prompt, count)
     alone = runner.greedy(prompt, count, prefill=False)
@@ -235,7 +244,15 @@ def paged(
     exact: bool,
     float16: bool = True,
 ) -> None:
-    """Measure the paged packages against logits, and the predictors against MLX's."""
+    """Measure the paged packages against logits, and the predictors against MLX's.
+
+    Args:
+        expected: logits for at least TOKENS tokens.
+        against: what they are, for the report.
+        masks: MLX's predictor of each layer, FFN inputs [n, d_model] -> bool [n, rows].
+        exact: whether these miss nothing; else the logits have no gate.
+        float16: the type of the rows; int8 has a wider gate.
+    """
     count = min(TOKENS, len(tokens))
     found = host.decode(tokens[:count])
     gate = (PAGED if float16 else MODEL["int8"]) if exact else None

@@ -1,8 +1,6 @@
 """Runs a saved package in numpy: the program is read back from the file and walked.
 
 It is a check of the program, not of a device: what Core ML's compilers make of it is not seen here.
-
-Knows: programs, states, several functions. Does not know: how the program was made, MLX.
 """
 
 from __future__ import annotations
@@ -31,14 +29,14 @@ class Package:
         self._model = mlpackage.load(self.path)
         self._spec = self._model.get_spec()
         if not self._spec.HasField("mlProgram"):
-            raise ParityError(f"{path} is no Core ML program")
+            raise ParityError(f"{path} is not a Core ML program")
         self.functions = sorted(self._spec.mlProgram.functions)
         self.metadata = dict(self._spec.description.metadata.userDefined)
         self._loaded: dict[str, Function] = {}
         self._weights: dict[bytes, np.ndarray] = {}
 
     def function(self, name: str) -> Function:
-        """A function, read now if it was not before."""
+        """A function, read when first asked for."""
         if name not in self.functions:
             raise ParityError(f"{self.path} has no function {name}; it has {self.functions}")
         if name not in self._loaded:
@@ -91,7 +89,9 @@ class Function:
             return
         arguments = [(key, _names(value)) for key, value in op.inputs.items() if value is not None]
         if op.op_type not in (*KERNELS, "read_state", "coreml_update_state"):
-            raise ParityError(f"function {self.name}: operation {op.op_type} is not known here")
+            raise ParityError(
+                f"function {self.name}: operation {op.op_type} is unknown to the interpreter"
+            )
         if op.op_type.startswith("constexpr_"):
             given = {key: self._constants[name] for key, name in arguments}
             key = hashlib.sha256(b"".join(_bytes(v) for v in given.values())).digest()
@@ -103,21 +103,25 @@ class Function:
         self._steps.append((op, [_numpy_type(var) for var in op.outputs], arguments))
 
     def constant(self, name: str) -> Any:
-        """A constant by its name, decompressed; None if there is none."""
+        """A constant by its name, decompressed; None if the function has no such constant."""
         return self._constants.get(name)
 
     def new_state(self) -> State:
-        """States of zeros, as ``makeState`` makes them."""
+        """States filled with zeros, as Core ML's ``makeState`` makes them."""
         return {name: np.zeros(shape, np.float16) for name, shape in self.states.items()}
 
     def __call__(
         self, inputs: Mapping[str, np.ndarray], state: State | None = None
     ) -> dict[str, np.ndarray]:
-        """Run it; ``state`` is changed."""
+        """Run the function; ``state`` is changed in place.
+
+        Raises:
+            ParityError: an input is missing or of another type or shape than the package says.
+        """
         values: dict[str, Any] = {}
         for name, (shape, dtype) in self.inputs.items():
             if name not in inputs:
-                raise ParityError(f"function {self.name} wants the input {name}")
+                raise ParityError(f"function {self.name} lacks its input {name}")
             given = np.asarray(inputs[name])
             if given.shape != shape or given.dtype != dtype:
                 raise ParityError(
@@ -174,7 +178,7 @@ def _numpy_type(var: Any) -> Any:
 
 
 def _matmul_weights(function: Any) -> set[str]:
-    """Constants that matmuls take: kept as float32, which numpy multiplies fast."""
+    """Names of constants that linear layers take: kept as float32, which numpy multiplies fast."""
     found = set()
     for op in function.operations:
         if op.op_type == "linear":

@@ -2,8 +2,6 @@
 
 That is what fp16 hardware with wide accumulators does, and numbers that fp16 cannot hold become
 infinite here as there.
-
-Knows: one operation at a time. Does not know: programs, states (``interpreter``), coremltools.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The app's loop over the paged packages, in Python and on the interpreter: what it should do.
+"""The app's loop over the paged packages, in Python on the interpreter: a model for apps.
 
 A token's embedding is looked up in a file. For each layer: attention, prediction, then the rows
 that were predicted are brought, either all of them handed over (``rows``), or only those that the
 state of rows does not hold yet, over the least recently used ones (``cache``).
-
-Knows: the export's files through its manifest. Does not know: how they were made, MLX.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class Rows:
         ]
 
     def take(self, layer: int, rows: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
-        """Some rows as functions want them, and zeros up to ``count``.
+        """Some rows as functions take them, filled up with zeros to ``count``.
 
         Returns:
             rows [count, width]; of int8 also their scales and biases [count, extra].
@@ -68,7 +66,7 @@ class Rows:
 class Slots:
     """Which row is in which slot of one layer's state; the least recently used leaves.
 
-    The last slot stays empty: what a call has no new row for is written there, as zeros.
+    The last slot stays empty: entries of a call that hold no new row are zeros and go there.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -77,7 +75,7 @@ class Slots:
         self.evicted = 0
 
     def bring(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows that are not there yet, the slots to write them to)."""
+        """Make room for rows; returns (those that are missing, the slots to write them to)."""
         wanted = set(rows.tolist())
         missing = [r for r in rows.tolist() if r not in self._slot_of]
         for row in rows.tolist():
@@ -98,7 +96,7 @@ class Slots:
 
 @dataclass
 class Counts:
-    """What a run did."""
+    """Calls of functions, rows predicted, read and evicted in a run."""
 
     calls: int = 0
     predicted: int = 0

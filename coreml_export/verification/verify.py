@@ -29,7 +29,7 @@ from .gates import Report
 from .interpreter import Package
 from .paged_host import PagedHost
 
-MOST = 128  # tokens that prefill is measured on
+MOST = 128  # tokens that prefill is measured on, at most
 
 
 def verify(
@@ -58,7 +58,7 @@ def verify(
 
 
 def write_report(out: Path, report: dict[str, Any], page: str) -> None:
-    """Put parity.json and parity.md there."""
+    """Write parity.json and parity.md into an export."""
     text = json.dumps(report, indent=1, sort_keys=True)
     (out / "parity.json").write_text(text + "\n", encoding="utf-8")
     (out / "parity.md").write_text(page, encoding="utf-8")

@@ -72,7 +72,7 @@ class Adapter:
         """An adapter that ships with this package, by its name, or a file.
 
         Raises:
-            ModelError: there is none, or the file is no adapter of this version.
+            ModelError: no such adapter exists, or the file is not an adapter of this version.
             DamagedError: the file cannot be read or a part is missing or of a wrong shape.
         """
         path = Path(source)

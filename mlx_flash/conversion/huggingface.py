@@ -104,7 +104,7 @@ class HFCheckpoint:
         """One tensor, evaluated and then forgotten.
 
         Raises:
-            KeyError: there is none of this name, or it was taken before.
+            KeyError: no tensor has this name, or it was taken before.
             DamagedError: it cannot be read.
             ModelError: it has numbers that float16 cannot hold.
         """

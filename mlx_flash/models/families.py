@@ -319,7 +319,7 @@ def projections(ffn: Ffn) -> dict[str, str]:
 
 
 def weight_shapes(ffn: Ffn, rows: int, d_model: int) -> dict[str, tuple[int, int]]:
-    """Name of each projection -> shape of its weight, for an FFN of so many rows."""
+    """Name of each projection -> shape of its weight, for an FFN of ``rows`` neurons."""
     tall = (2 * rows if ffn.fused else rows, d_model)
     return {
         name: (d_model, rows) if part == "down" else tall for part, name in projections(ffn).items()

@@ -296,7 +296,7 @@ def small(tmp_path_factory):
         (["--profile", ","], "profiles none; expected some of dense, paged"),
         (["--profile", "paged"], "no trained predictors"),
         (["--profile", "paged", "--predictor", "exact"], "no zeros"),
-        (["--quant-table", "/nowhere"], "no table"),
+        (["--quant-table", "/nowhere"], "not a table"),
         (["--part-size", "0.00001"], "no package may go above"),
         (["--cache-rows", "0"], "--cache-rows is 0; expected 1 or more"),
         (["--rows", "int8"], "--target iOS26"),
