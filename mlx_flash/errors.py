@@ -49,7 +49,7 @@ class PredictorError(FlashError, ValueError):
 
 
 class CalibrationError(FlashError, ValueError):
-    """Calibration cannot start or go on: its text, its settings, or a number that is none."""
+    """Calibration cannot start or go on: its text, its settings, or a result that is not finite."""
 
 
 class FlashWarning(UserWarning):

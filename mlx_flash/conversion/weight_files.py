@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from mlx_flash.errors import DamagedError, ModelError
-from mlx_flash.storage.safetensors_header import read_header
+from mlx_flash.storage.safetensors_header import data_end, read_entries
 
 
 def find_files(path: Path) -> tuple[list[Path], str]:
@@ -52,10 +52,8 @@ def _weight_files(path: Path) -> list[Path]:
 def _check_complete(file: Path) -> None:
     found = file.stat().st_size
     try:
-        header, start = read_header(file)
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        expected = start + max(ends, default=0)
-    except (ValueError, LookupError, TypeError) as error:
+        expected = data_end(*read_entries(file))
+    except ValueError as error:
         raise DamagedError(
             f"{file} is truncated or not a safetensors file: {error}; download it again"
         ) from error

@@ -28,7 +28,7 @@ TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": fl
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory as a dict; ModelError where there is none that can be read."""
+    """config.json of a directory as a dict; ModelError where it is missing or cannot be read."""
     file = path / "config.json"
     try:
         if not path.is_dir():

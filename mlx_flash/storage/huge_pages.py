@@ -36,7 +36,7 @@ def ask_for(memory: np.ndarray) -> bool:
         return False
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    # Without the first the second would do no harm, but be work for nothing.
+    # Without the first the second would do no harm, but have no use.
     advice = mmap.MADV_HUGEPAGE, mmap.MADV_DONTNEED
     return all(madvise(begin, end - begin, a) == 0 for a in advice)
 

@@ -76,7 +76,7 @@ class Kernel:
         return self._call(self._submit, context, count, pointers)
 
     def getevents(self, context: int, least: int, most: int, events: int) -> int:
-        """Wait until so many requests are over: of how many the events were written."""
+        """Wait for at least ``least`` requests; returns how many events were written."""
         return self._call(self._getevents, context, least, most, events, 0)
 
     def _call(self, number: int, *args: int) -> int:

@@ -36,7 +36,7 @@ from .staging import StagingEngine
 
 THREADS = 32
 REQUEST_BYTES = 2 << 20
-GAP_BYTES = gap_bytes()  # reading this much for nothing costs no more than another request
+GAP_BYTES = gap_bytes()  # reading this many unwanted bytes costs no more than a request
 STAGING_BUFFERS = 8
 BEHIND = 2  # requests of reads ahead that are under way at a time
 
@@ -74,7 +74,7 @@ class RowReader:
         engine: how scattered requests are read, "aio" or "threads"; None for aio where the system
             allows it and the file is read past the page cache.
 
-    Raises ReadError when the file cannot be opened, ValueError when the engine is not to be had.
+    Raises ReadError when the file cannot be opened, ValueError when the engine cannot read it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class RowReader:
 
     @property
     def _sink_bytes(self) -> int:
-        """Of what is read for nothing: a row that is left out, or a request's worth of it."""
+        """Bytes of the memory for unwanted rows: a row, or as much of it as a request reads."""
         sizes = [
             min(layout.stride, self.request_bytes) if self._in_pieces(layout) else layout.stride
             for layout in self.file.layouts
@@ -149,7 +149,7 @@ class RowReader:
         return round_up(max(staged, default=1), PAGE)
 
     def max_rows(self, layout: RowLayout) -> int:
-        """A request spans at most so many rows."""
+        """The most rows that one request spans."""
         return max(1, self.request_bytes // layout.stride)
 
     def _in_pieces(self, layout: RowLayout) -> bool:
@@ -251,7 +251,7 @@ class RowReader:
     def wait(self, futures: Sequence[Future[None]]) -> None:
         """Wait for requests of ``submit``; raises what went wrong.
 
-        However it ends, none of them writes into memory any more.
+        On return or exception none of them writes into memory any more.
         """
         try:
             wait(futures, return_when=FIRST_EXCEPTION)  # wakes this thread once
@@ -262,7 +262,7 @@ class RowReader:
             raise
 
     def drop(self, futures: Sequence[Future[None]]) -> None:
-        """Cancel requests that have not begun and wait for the rest, whatever becomes of them."""
+        """Cancel requests that have not begun, wait for the rest; their errors are not raised."""
         wait([future for future in futures if not future.cancel()])
 
     def read(

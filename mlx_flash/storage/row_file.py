@@ -55,7 +55,7 @@ def each(layouts: RowLayout | Sequence[RowLayout], rows: Sequence[int]) -> list[
 
 
 def _tensors(layouts: Sequence[RowLayout], rows: Sequence[int]) -> dict[str, Any]:
-    """The header's entries for layers of so many rows; data lie one layer behind the other."""
+    """The header's entries, one tensor a layer; layer ``i`` has ``rows[i]`` rows."""
     entries = {}
     start = 0
     for i, (layout, count) in enumerate(zip(layouts, rows, strict=True)):
@@ -71,9 +71,10 @@ def _tensors(layouts: Sequence[RowLayout], rows: Sequence[int]) -> dict[str, Any
     return entries
 
 
-def _header(
+def row_header(
     layouts: Sequence[RowLayout], rows: Sequence[int], source: str, hashes: Sequence[str], unit: str
 ) -> bytes:
+    """All bytes of a row file before its first row, padded to the alignment of rows."""
     distinct = list(dict.fromkeys(layouts))
     metadata = {
         "format": FORMAT,
@@ -94,7 +95,7 @@ def file_bytes(
     """Size in bytes of the row file that these layers make."""
     layouts = each(layouts, rows)
     data = sum(layout.stride * count for layout, count in zip(layouts, rows, strict=True))
-    return len(_header(layouts, rows, source, [PENDING] * len(rows), unit)) + data
+    return len(row_header(layouts, rows, source, [PENDING] * len(rows), unit)) + data
 
 
 def fingerprint_of(hashes: Sequence[str]) -> str:
@@ -112,7 +113,7 @@ class RowFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        header, data_start = _read_header(self.path)
+        header, data_start = read_row_header(self.path)
         meta = header.pop("__metadata__", None)
         meta = meta if isinstance(meta, dict) else {}
         if meta.get("format") != FORMAT:
@@ -129,19 +130,18 @@ class RowFile:
         try:
             self.unit = meta["unit"]
             _check(self.unit in UNITS, f"rows are of unit {self.unit!r}")
-            distinct = [RowLayout.from_json(x) for x in _checked(list, _parse(meta["layouts"]))]
-            which = [_checked(int, x) for x in _checked(list, _parse(meta["layout_of"]))]
+            distinct = [RowLayout.from_json(x) for x in checked(list, parse_json(meta["layouts"]))]
+            which = [checked(int, x) for x in checked(list, parse_json(meta["layout_of"]))]
             _check(min(which, default=-1) >= 0, f"layouts of layers: {which!r:.80}")
             layouts = [distinct[i] for i in which]
-            self.source = _checked(str, meta["source"])
-            self.hashes = [_checked(str, x) for x in _checked(list, _parse(meta["sha256"]))]
+            self.source = checked(str, meta["source"])
+            self.hashes = [checked(str, x) for x in checked(list, parse_json(meta["sha256"]))]
             self.layers = _layers(header, data_start, layouts)
             sound = [x for x in self.hashes if re.fullmatch("[0-9a-f]{64}", x)]
             _check(len(sound) == len(self.hashes) == len(self.layers), "not one hash a layer")
         except (LookupError, TypeError, ValueError) as error:
             raise RowFileError(
-                f"{self.path} has a row file header that makes no sense ({error}); "
-                "convert the model again"
+                f"{self.path} has a damaged row file header ({error}); convert the model again"
             ) from error
         if PENDING in self.hashes:
             raise RowFileError(
@@ -192,7 +192,8 @@ class RowFile:
             )
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_row_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A row file's header and the byte at which the rows start; RowFileError for other files."""
     try:
         return read_header(path)
     except FileNotFoundError:
@@ -205,7 +206,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         ) from error
 
 
-def _parse(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
+    """JSON; ValueError for anything else."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -217,7 +219,8 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _checked(kind: type, value: Any) -> Any:
+def checked(kind: type, value: Any) -> Any:
+    """``value``; TypeError unless it is of just that type."""
     if type(value) is not kind:
         raise TypeError(f"{kind.__name__} expected, found {value!r:.80}")
     return value
@@ -225,7 +228,7 @@ def _checked(kind: type, value: Any) -> Any:
 
 def _layers(header: dict[str, Any], data_start: int, layouts: list[RowLayout]) -> list[Layer]:
     """Where the layers are; their entries must be the very ones that the layouts make."""
-    rows = [_checked(int, header[f"layers.{i}.rows"]["shape"][0]) for i in range(len(header))]
+    rows = [checked(int, header[f"layers.{i}.rows"]["shape"][0]) for i in range(len(header))]
     _check(bool(rows) and min(rows) > 0, f"rows of layers: {rows!r:.80}")
     _check(len(layouts) == len(rows), f"layouts of {len(layouts)} layers, not {len(rows)}")
     _check(header == _tensors(layouts, rows), "tensors are not those of its layouts")

@@ -124,12 +124,12 @@ class RowLayout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RowLayout:
-        """What ``to_json`` gave; LookupError, TypeError or ValueError where it makes no sense."""
+        """What ``to_json`` gave; LookupError, TypeError or ValueError for anything else."""
         parts = tuple(Part(**{**part, "shape": tuple(part["shape"])}) for part in data["parts"])
         alignment, stride = data["alignment"], data["stride"]
         numbers = [alignment, stride, *(n for part in parts for n in (*part.shape, part.offset))]
         if any(type(n) is not int for n in numbers) or not _is_alignment(alignment):
-            raise ValueError(f"sizes of a row that make no sense: {data!r:.200}")
+            raise ValueError(f"sizes of a row are not whole numbers or not aligned: {data!r:.200}")
         at = 0
         for part in parts:
             sound = bool(part.shape) and min(part.shape) > 0

@@ -15,12 +15,12 @@ from mlx_flash.errors import RowFileError
 from .row_file import (
     PENDING,
     UNITS,
-    _checked,
-    _header,
-    _parse,
-    _read_header,
+    checked,
     each,
     fingerprint_of,
+    parse_json,
+    read_row_header,
+    row_header,
 )
 from .row_layout import RowLayout
 
@@ -98,7 +98,7 @@ class RowFileWriter:
             self._fd = -1
 
     def _header_bytes(self) -> bytes:
-        return _header(self.layouts, self.rows, self.source, self.hashes, self.unit)
+        return row_header(self.layouts, self.rows, self.source, self.hashes, self.unit)
 
     def _offset(self, layer: int) -> int:
         before = zip(self.layouts[:layer], self.rows[:layer], strict=True)
@@ -114,13 +114,13 @@ class RowFileWriter:
             offset, data = offset + done, data[done:]
 
     def _adopt(self) -> bool:
-        """Take over the layers of an unfinished file that hold; False if there is none of ours."""
+        """Take over the sound layers of an unfinished file; False where it has another source."""
         try:
-            header, _ = _read_header(self.path)
-            hashes = _checked(list, _parse(header["__metadata__"]["sha256"]))
+            header, _ = read_row_header(self.path)
+            hashes = checked(list, parse_json(header["__metadata__"]["sha256"]))
         except (RowFileError, LookupError, TypeError, ValueError):
             return False
-        expected = _header(self.layouts, self.rows, self.source, hashes, self.unit)
+        expected = row_header(self.layouts, self.rows, self.source, hashes, self.unit)
         if len(hashes) != len(self.rows) or self._header_on_disk() != expected:
             return False
         for layer, recorded in enumerate(hashes):

@@ -33,15 +33,44 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return found, 8 + size
 
 
+def read_entries(path: Path) -> tuple[dict[str, Any], int]:
+    """``read_header`` without ``__metadata__``, its entries checked.
+
+    Each has a dtype, a shape of whole numbers and ``data_offsets`` (begin, end) in order. That the
+    file is as long as they say is for the caller to check, see ``data_end``.
+
+    Raises ValueError, which says what is wrong, and OSError.
+    """
+    found, start = read_header(path)
+    found.pop("__metadata__", None)
+    for name, entry in found.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            sound = isinstance(dtype, str) and isinstance(shape, list)
+            sound = sound and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        except (LookupError, TypeError, ValueError):
+            sound = False
+        if not sound or begin > end:
+            raise ValueError(f"its header says of tensor {name!r:.80}: {entry!r:.200}")
+    return found, start
+
+
+def data_end(entries: dict[str, Any], start: int) -> int:
+    """Bytes that a file must have to hold all of ``read_entries``."""
+    return start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+
+
 def header(path: Path) -> tuple[dict[str, Any], int]:
-    """Entries of a safetensors file and where its data start; DamagedError for any other file."""
+    """``read_entries`` of a model's own file; DamagedError for any other file, or one cut off."""
     try:
-        found, start = read_header(path)
+        found, start = read_entries(path)
+        if (expected := data_end(found, start)) > (size := path.stat().st_size):
+            raise ValueError(f"it has {size} bytes, its header says {expected}")
     except ValueError as error:
         raise DamagedError(
-            f"{path} is no safetensors file: {error}; copy it again or convert the model again"
+            f"{path} is not a safetensors file or damaged: {error}; copy it again or convert the "
+            "model again"
         ) from error
-    found.pop("__metadata__", None)
     return found, start
 
 

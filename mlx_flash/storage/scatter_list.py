@@ -21,7 +21,7 @@ class PreparedRead:
     """Requests of one set of rows into one set of slots, ready to be issued again and again.
 
     Of each row the bytes from ``first`` to ``last`` are read. ``pieces`` says where those go, piece
-    by piece: so many bytes each, into a part's memory (slot after slot) or, with None, nowhere.
+    by piece: (memory of a part, slot after slot, or None for nowhere; bytes of each row).
     """
 
     layout: RowLayout
@@ -164,7 +164,7 @@ def vectors(
     Args:
         requests: as ``as_array`` makes it, not empty.
         rows, slots: of the read, which ``first`` and ``last`` of the requests point into.
-        pieces: of a row that is wanted, so many bytes each into a memory, slot after slot, or, with
+        pieces: of a row that is wanted, (memory, bytes): it goes there, slot after slot, or, with
             None, into the sink.
         stride: from one row to the next.
         sink: takes a row that is not wanted, and what the pieces leave out of one.

@@ -115,7 +115,7 @@ def test_damaged_layout_of(tmp_path, value):
     assert json.loads(header["__metadata__"]["layout_of"]) == [0, 1, 0]
     header["__metadata__"]["layout_of"] = json.dumps(value)
     out = with_header(file.path, header, tmp_path / "odd")
-    with pytest.raises(RowFileError, match="makes no sense") as caught:
+    with pytest.raises(RowFileError, match="has a damaged row file header") as caught:
         RowFile(out)
     assert str(out) in str(caught.value)
 

@@ -397,7 +397,7 @@ def test_data_off_the_alignment_are_refused(tmp_path):
     out.write_bytes((size + 512).to_bytes(8, "little") + raw[8 : 8 + size] + b" " * 512)
     with open(out, "ab") as f:
         f.write(raw[8 + size :])
-    with pytest.raises(RowFileError, match="makes no sense"):
+    with pytest.raises(RowFileError, match="has a damaged row file header"):
         RowFile(out)
 
 
