@@ -14,9 +14,12 @@ DEMOS = Path(__file__).parents[2] / "demos"
 
 @pytest.fixture(scope="module")
 def shared():
+    """``demos/_shared.py``, loaded as a demo loads it: with its folder on the path."""
     spec = importlib.util.spec_from_file_location("demos_shared", DEMOS / "_shared.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DEMOS)
+        spec.loader.exec_module(module)
     return module
 
 
