@@ -161,7 +161,7 @@ def test_a_new_policy_is_one_entry(monkeypatch, tmp_path):
     model, _ = load(path, cache_share=0.2, policy="most-recent")
     expected, _ = load(path, use_flash=False)
     assert greedy(model, [5, 6, 7], 8) == greedy(expected, [5, 6, 7], 8)
-    assert isinstance(model.flash.caches[0].policy, MostRecent)
+    assert isinstance(model.flash.caches[0].slots.policy, MostRecent)
     with pytest.raises(SystemExit) as info:
         cli.main(["plan", "--model", str(path), "--policy", "newest"])
     assert info.value.code == 2

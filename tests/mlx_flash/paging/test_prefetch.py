@@ -122,8 +122,7 @@ def test_a_failed_read(opened, monkeypatch, when):
         raise ReadError(5, "reading rows: Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reader, "_run", fail)
-        patch.setattr(reader, "_run_at_once", fail)
+        patch.setattr(reader, "_carry_out", fail)
         if when == "prefetched":
             stream.prefetch(cache, np.array([30, 31]), gate())
         wanted = np.array([2, 30]) if when == "prefetched" else np.array([2, 40])
