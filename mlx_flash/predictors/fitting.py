@@ -6,6 +6,7 @@ predictor, and chooses between what comes out by the perplexity that it costs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -115,7 +116,7 @@ class TrainingData(Protocol):
         """
 
 
-class Fitter:
+class Fitter(ABC):
     """Fits the layers of one model, one at a time.
 
     Args:
@@ -136,14 +137,15 @@ class Fitter:
         """Why a family's FFNs have no such predictors; empty where they have."""
         return ""
 
+    @abstractmethod
     def fit(self, layer: int, target: float) -> Fitted:
         """Fit one layer for a target, see ``registry.Training.target``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, layer: int, fitted: Fitted, target: float) -> tuple[LayerPredictor, Figures]:
         """The predictor with the threshold that reaches a target, and what it does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit_bytes(self, rows: int, validation: int) -> int:
         """Memory that fitting a layer takes at most.
 
@@ -151,11 +153,10 @@ class Fitter:
             rows: of the layer.
             validation: number of tokens of the validation text.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def held_bytes(self, rows: int) -> int:
         """Memory of a fitted layer, in float32 and in the model's type."""
-        raise NotImplementedError
 
     def alternatives(self, layer: int, fitted: Fitted, target: float) -> dict[str, Chooser]:
         """Other ways to choose the same number of rows, by name, for the report to compare."""

@@ -5,6 +5,7 @@ Every kind subclasses ``Predictor`` in a module of its own: ``low_rank``, ``resi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Prediction:
     values: mx.array | None = None
 
 
-class Predictor:
+class Predictor(ABC):
     """Hidden state -> rows.
 
     A kind defines ``mask``; the rest has defaults.
@@ -60,6 +61,7 @@ class Predictor:
     provides: str | None = None
     nbytes: int = 0
 
+    @abstractmethod
     def mask(self, x: mx.array, values: mx.array | None = None) -> mx.array:
         """Which rows each token needs, bool [..., rows].
 
@@ -68,7 +70,6 @@ class Predictor:
             values: output of the projection that the activation is applied to, [..., rows], where
                 the caller has it; None to have it computed, if it is needed.
         """
-        raise NotImplementedError
 
     def values(self, x: mx.array) -> mx.array:
         """Output of the part that the predictor provides, [..., rows], all rows of it."""

@@ -13,6 +13,7 @@ check a spec without it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,7 +87,7 @@ class PlainKV:
             return _forward(self._directory, self.make_cache)
 
 
-class OverPlainKV(PlainKV):
+class OverPlainKV(PlainKV, ABC):
     """Another cache in place of every plain one; a model with others is refused."""
 
     def __init__(self, directory: ModelDirectory, spec: str) -> None:
@@ -105,9 +106,9 @@ class OverPlainKV(PlainKV):
             )
         return [self.other() for _ in plain]
 
+    @abstractmethod
     def other(self) -> Any:
         """A cache for one layer."""
-        raise NotImplementedError
 
     def _built(self) -> list[Any]:
         PlainKV(self._directory)._built()  # a damaged model is told as such

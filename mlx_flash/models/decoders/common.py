@@ -7,12 +7,13 @@ family. Sources: ``modeling_rope_utils`` and ``PreTrainedModel.tie_weights`` of 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_flash.errors import ModelError
@@ -121,6 +122,25 @@ class TransformersArgs:
             )
         lifted = {key: settings[key] for key in ("rope_theta", "partial_rotary_factor")}
         return super().from_dict(params | lifted | {"rope_scaling": scaling})
+
+
+def run_layers(
+    layers: Sequence[nn.Module],
+    h: mx.array,
+    cache: Sequence[Any] | None,
+    make_mask: Callable[[mx.array, Any], Any] = create_attention_mask,
+) -> mx.array:
+    """A hidden state [batch, length, width] taken through layers that share one mask.
+
+    Args:
+        cache: one for each layer; None for none.
+        make_mask: the mask for a hidden state and the first layer's cache.
+    """
+    caches = cache or [None] * len(layers)
+    mask = make_mask(h, caches[0])
+    for layer, its_cache in zip(layers, caches, strict=True):
+        h = layer(h, mask, its_cache)
+    return h
 
 
 def offset_of(cache: Any) -> int | mx.array:

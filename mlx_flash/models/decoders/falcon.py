@@ -29,7 +29,15 @@ from mlx_lm.models.base import (
 from mlx_flash.errors import ModelError
 from mlx_flash.models.activations import activation
 
-from .common import TiedHeadModel, largest, make_rope, offset_of, positions, rope_settings
+from .common import (
+    TiedHeadModel,
+    largest,
+    make_rope,
+    offset_of,
+    positions,
+    rope_settings,
+    run_layers,
+)
 
 MODEL_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 OLD_NAMES = {
@@ -219,13 +227,8 @@ class FalconModel(nn.Module):
         self._alibi = Alibi(args) if args.alibi else None
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        cache = cache or [None] * len(self.h)
-        h = self.word_embeddings(inputs)
         make_mask = self._alibi.mask if self._alibi else create_attention_mask
-        mask = make_mask(h, cache[0])
-        for layer, c in zip(self.h, cache, strict=True):
-            h = layer(h, mask, c)
-        return self.ln_f(h)
+        return self.ln_f(run_layers(self.h, self.word_embeddings(inputs), cache, make_mask))
 
 
 class Model(TiedHeadModel):

@@ -16,16 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import (
-    BaseModelArgs,
-    create_attention_mask,
-    scaled_dot_product_attention,
-)
+from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
 
 from mlx_flash.errors import ModelError
 from mlx_flash.models.activations import activation
 
-from .common import TiedHeadModel, largest, offset_of, positions
+from .common import TiedHeadModel, largest, offset_of, positions, run_layers
 
 MODEL_TYPES = ("opt",)
 FIRST_POSITION = 2
@@ -131,14 +127,11 @@ class Decoder(nn.Module):
             self.final_layer_norm = args.norm()
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        cache = cache or [None] * len(self.layers)
         h = self.embed_tokens(inputs)
         if "project_in" in self:
             h = self.project_in(h)
-        h = h + self._positions(offset_of(cache[0]), inputs.shape[1])
-        mask = create_attention_mask(h, cache[0])
-        for layer, c in zip(self.layers, cache, strict=True):
-            h = layer(h, mask, c)
+        h = h + self._positions(offset_of(cache[0] if cache else None), inputs.shape[1])
+        h = run_layers(self.layers, h, cache)
         if "final_layer_norm" in self:
             h = self.final_layer_norm(h)
         return self.project_out(h) if "project_out" in self else h

@@ -11,16 +11,19 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import (
-    BaseModelArgs,
-    create_attention_mask,
-    scaled_dot_product_attention,
-)
+from mlx_lm.models.base import BaseModelArgs, scaled_dot_product_attention
 
 from mlx_flash.errors import ModelError
 from mlx_flash.models.activations import activation
 
-from .common import ROTARY_SHARE, TiedHeadModel, make_rope, offset_of, rope_settings
+from .common import (
+    ROTARY_SHARE,
+    TiedHeadModel,
+    make_rope,
+    offset_of,
+    rope_settings,
+    run_layers,
+)
 
 MODEL_TYPES = ("persimmon",)
 
@@ -127,12 +130,7 @@ class PersimmonModel(nn.Module):
         self.final_layernorm = args.norm()
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
-        cache = cache or [None] * len(self.layers)
-        h = self.embed_tokens(inputs)
-        mask = create_attention_mask(h, cache[0])
-        for layer, c in zip(self.layers, cache, strict=True):
-            h = layer(h, mask, c)
-        return self.final_layernorm(h)
+        return self.final_layernorm(run_layers(self.layers, self.embed_tokens(inputs), cache))
 
 
 class Model(TiedHeadModel):

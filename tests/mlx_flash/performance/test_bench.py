@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import run_command
 from support.platforms import fix_memory
 
-from mlx_flash import cli
 from mlx_flash.cli import bench as bench_module
 from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import UsageError
@@ -41,15 +41,8 @@ def run(source, capsys):
     """Run the command in this process: (exit code, stdout, stderr)."""
 
     def run(*flags, model=source):
-        capsys.readouterr()
         sizes = ("--prompt-tokens", 8, "--gen-tokens", 6, "--repeats", 1)
-        try:
-            code = cli.main(["bench", "--model", str(model), *map(str, (*sizes, *flags))])
-        except SystemExit as exit_:  # argparse
-            code = exit_.code
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return code, printed.out, printed.err
+        return run_command(capsys, "bench", "--model", model, *sizes, *flags)
 
     return run
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import run_command
 from support.platforms import FakeDarwin, fix_memory
 
-from mlx_flash import cli
 from mlx_flash.common.platform import Linux
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -51,14 +51,7 @@ def run(source, capsys):
     """Run a command in this process: (exit code, stdout, stderr)."""
 
     def run(*flags, model=source):
-        capsys.readouterr()
-        try:
-            code = cli.main(["plan", "--model", str(model), *map(str, flags)])
-        except SystemExit as exit_:  # argparse
-            code = exit_.code
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return code, printed.out, printed.err
+        return run_command(capsys, "plan", "--model", model, *flags)
 
     return run
 
