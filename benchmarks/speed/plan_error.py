@@ -68,10 +68,10 @@ MODELS: dict[str, Callable[[], Path]] = {
 
 def bench(path: Path, options: argparse.Namespace) -> dict:
     """What ``mlx_flash bench`` says of five budgets."""
-    outlook = BudgetForecast(
+    forecasts = BudgetForecast(
         ModelDirectory(path), PagingOptions(context=options.prompt + options.gen + 2)
     )
-    low, high = outlook.least + 4_000_000, outlook.most + 4_000_000
+    low, high = forecasts.least + 4_000_000, forecasts.most + 4_000_000
     rams = [with_margin(low + (high - low) * i // (BUDGETS - 1)) for i in range(BUDGETS)]
     file = OUT / f"plan-{path.name}.json"
     command = [

@@ -89,31 +89,31 @@ def run(args: argparse.Namespace) -> int:
     from mlx_flash.performance import bench
     from mlx_flash.performance.budget_forecast import BudgetForecast
 
-    outlook = BudgetForecast(directory, how)
+    forecasts = BudgetForecast(directory, how)
     settings = bench.Settings(args.model, args.prompt_tokens, args.gen_tokens, args.repeats, how)
-    rams = args.ram or bench.sweep(outlook, current_platform().machine_bytes())
-    usable = [ram for ram in rams if outlook.view(ram).plan]
+    rams = args.ram or bench.sweep(forecasts, current_platform().machine_bytes())
+    usable = [ram for ram in rams if forecasts.view(ram).plan]
     if usable:
-        outlook.measure(max(usable), args.remeasure, Note())
+        forecasts.measure(max(usable), args.remeasure, Note())
     rows: list[dict[str, Any]] = []
     try:
-        _run_all(rams, rows, settings, outlook)
+        _run_all(rams, rows, settings, forecasts)
     finally:
         _tell(args, rows, settings)
     return 0 if any("measured" in row for row in rows) else 2
 
 
-def _run_all(rams: list[int], rows: list[dict[str, Any]], settings: Any, outlook: Any) -> None:
+def _run_all(rams: list[int], rows: list[dict[str, Any]], settings: Any, forecasts: Any) -> None:
     from mlx_flash.performance import bench
 
     with TokenBar("bench", settings.total, len(rams)) as bar:
         for ram in rams:
-            view = outlook.view(ram)
+            view = forecasts.view(ram)
             if view.plan is None:
                 rows.append({"ram_bytes": ram, "error": view.reason})
             else:
                 found = bench.run(settings, ram, bar)
-                rows.append(bench.compare(found, outlook, settings))
+                rows.append(bench.compare(found, forecasts, settings))
             bar.ended()
 
 

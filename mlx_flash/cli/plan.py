@@ -37,10 +37,10 @@ def run(args: argparse.Namespace) -> int:
     directory = ModelDirectory(args.model)
     from mlx_flash.performance.budget_forecast import BudgetForecast
 
-    outlook = BudgetForecast(directory, how)
-    outlook.plan(args.ram)  # before anything is measured: too small a budget is an error
-    outlook.measure(args.ram, args.remeasure, Note())
-    found = describe(outlook, args.ram)
+    forecasts = BudgetForecast(directory, how)
+    forecasts.plan(args.ram)  # before anything is measured: too small a budget is an error
+    forecasts.measure(args.ram, args.remeasure, Note())
+    found = describe(forecasts, args.ram)
     print(json.dumps(found, indent=2) if args.json else report(found))
     return 0
 
@@ -53,22 +53,22 @@ class Note:
             print(f"measuring: {what} ...", file=sys.stderr, flush=True)
 
 
-def describe(outlook: Any, ram: int) -> dict[str, Any]:
+def describe(forecasts: Any, ram: int) -> dict[str, Any]:
     """Figures of a budget, half and twice of it, as a JSON-ready dict; sizes in bytes."""
-    views = {name: outlook.view(n) for name, n in budgets(ram).items()}
-    plan, directory, disk = views["given"].plan, outlook.directory, outlook.disk
-    rehearsal, use = outlook.rehearsal, outlook.rehearsal.use
+    views = {name: forecasts.view(n) for name, n in budgets(ram).items()}
+    plan, directory, disk = views["given"].plan, forecasts.directory, forecasts.disk
+    trial, use = forecasts.trial, forecasts.trial.use
     return {
         "path": str(directory.path),
         "unit": directory.unit,
         "layers": len(directory.rows.layers),
-        "rows": list(outlook.layers.rows),
-        "predictor": outlook.selection.kind if outlook.selection else "none",
-        "policy": outlook.options.policy_name,
-        "context": outlook.needs.context,
+        "rows": list(forecasts.layers.rows),
+        "predictor": forecasts.selection.kind if forecasts.selection else "none",
+        "policy": forecasts.options.policy_name,
+        "context": forecasts.needs.context,
         "ram_bytes": ram,
-        "least_bytes": outlook.least,
-        "everything_bytes": outlook.most,
+        "least_bytes": forecasts.least,
+        "everything_bytes": forecasts.most,
         "planned_bytes": plan.to_json(),
         "kept_layers": list(plan.kept),
         "streamed_layers": list(plan.streamed),
@@ -91,17 +91,17 @@ def describe(outlook: Any, ram: int) -> dict[str, Any]:
                 "sequential_bytes_per_second": disk.sequential,
                 "rows_at_once": list(disk.rows),
                 "seconds": list(disk.seconds),
-                "direct": outlook.direct,
+                "direct": forecasts.direct,
             },
             "model": {
-                "date": rehearsal.measured,
+                "date": trial.measured,
                 "ways": {
                     way: {"ram_bytes": t.ram, "tokens": t.tokens, "overlap": t.overlap}
-                    for way, t in rehearsal.ways.items()
+                    for way, t in trial.ways.items()
                 },
                 "rows_recorded_on_tokens": use.tokens if use else None,
             },
-            "misses_from_calibration": outlook.uses_curves,
+            "misses_from_calibration": forecasts.uses_curves,
         },
     }
 

@@ -67,9 +67,9 @@ class Settings:
         }
 
 
-def sweep(outlook: BudgetForecast, machine: int) -> list[int]:
+def sweep(forecasts: BudgetForecast, machine: int) -> list[int]:
     """Budgets from the least that works to what holds everything, or to what the machine has."""
-    low, high = outlook.least + MARGIN, min(outlook.most + MARGIN, machine)
+    low, high = forecasts.least + MARGIN, min(forecasts.most + MARGIN, machine)
     steps = SWEEP - 1
     found = [low + (high - low) * i // steps for i in range(SWEEP)]
     return sorted({max(1, ram) for ram in found})
@@ -174,9 +174,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def compare(row: dict[str, Any], outlook: BudgetForecast, settings: Settings) -> dict[str, Any]:
+def compare(row: dict[str, Any], forecasts: BudgetForecast, settings: Settings) -> dict[str, Any]:
     """A row with what ``plan`` says of its budget, and by how much that is wrong."""
-    view = outlook.view(row["ram_bytes"], warm=settings.warm, count=settings.gen_tokens)
+    view = forecasts.view(row["ram_bytes"], warm=settings.warm, count=settings.gen_tokens)
     if view.forecast is None:
         why = {} if "error" in row else {"no_prediction": view.reason}
         return row | {"predicted": None} | why

@@ -78,7 +78,7 @@ class BudgetForecast:
             tuple(directory.rows.layer_bytes(i) for i in range(len(layers))),
         )
         self.disk: disk_speed.DiskSpeed | None = None
-        self.rehearsal = TrialRun()
+        self.trial = TrialRun()
 
     @property
     def least(self) -> int:
@@ -104,7 +104,7 @@ class BudgetForecast:
             self.disk = disk_speed.disk_speed(reader, self.model.parts, again)
         finally:
             reader.close()
-        self.rehearsal = run_trial(self.model, ram, self.disk, again, progress)
+        self.trial = run_trial(self.model, ram, self.disk, again, progress)
 
     def view(self, ram: int | str, warm: int | None = None, count: int | None = None) -> View:
         """Plan and forecast for a budget, or why there is none.
@@ -119,11 +119,11 @@ class BudgetForecast:
         except BudgetError as error:
             view.reason = str(error).splitlines()[0].rstrip(":")
             return view
-        if view.plan.slots and "paged" not in self.rehearsal.ways:
+        if view.plan.slots and "paged" not in self.trial.ways:
             view.reason = "not measured: the budget given has no room to read rows as they fire"
-        elif view.plan.streamed and "streamed" not in self.rehearsal.ways:
+        elif view.plan.streamed and "streamed" not in self.trial.ways:
             view.reason = "not measured: the budget given has no room to stream layers"
-        elif self.disk is None or not self.rehearsal.ways:
+        elif self.disk is None or not self.trial.ways:
             view.reason = "not measured"
         else:
             view.forecast = self._forecast(view.plan, warm, count)
@@ -135,7 +135,7 @@ class BudgetForecast:
 
     @property
     def uses_curves(self) -> bool:
-        """Whether misses are taken from what calibration measured, not from the rehearsal."""
+        """Whether misses are taken from what calibration measured, not from the trial run."""
         return self._curves is not None and self.options.policy == DEFAULT_POLICY
 
     def _forecast(self, plan: Plan, warm: int | None, count: int | None) -> Forecast:
@@ -144,6 +144,6 @@ class BudgetForecast:
         if self.disk is None:
             raise ValueError("nothing was measured")
         return forecast(
-            plan, self.layers, self.disk, self.rehearsal, self.options.policy,
+            plan, self.layers, self.disk, self.trial, self.options.policy,
             warm=warm, curves=curves, **how,
         )  # fmt: skip

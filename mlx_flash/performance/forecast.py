@@ -1,9 +1,8 @@
 """What a token will take under a plan: bytes, milliseconds, and what of them overlaps.
 
-Arithmetic on what was measured: the disk's figures (``speeds``), what a token took in each way of
-running the model, and which rows it needs (``rehearsal``, in the types below). Reading and
-computing are added up, less the share of the shorter of the two that the trial run hid behind the
-other.
+Arithmetic on what was measured: the disk's figures (``disk_speed``), what a token took in each way
+of running the model, and which rows it needs (``trial``, in the types below). Reading and computing
+are added up, less the share of the shorter of the two that the trial run hid behind the other.
 
 Knows: plans and measured figures. Does not know: files, MLX, how anything was measured.
 """
@@ -135,7 +134,7 @@ def forecast(
     plan: Plan,
     layers: Layers,
     disk: DiskSpeed,
-    rehearsal: TrialRun,
+    trial: TrialRun,
     policy: str,
     *,
     warm: int | None = None,
@@ -150,38 +149,38 @@ def forecast(
             trace has.
         count: tokens decoded then.
         curves: of each layer, misses per token by number of slots, where they were measured on
-            more text than the rehearsal's.
+            more text than the trial run's.
     """
     total = sum(layers.rows)
     if plan.slots:
-        way = rehearsal.ways["paged"]
+        way = trial.ways["paged"]
         read, nbytes, requests, missing = _paged(
-            plan, disk, way, rehearsal, policy, warm, count, curves
+            plan, disk, way, trial, policy, warm, count, curves
         )
-        wanted = sum(rehearsal.use.per_token(i) for i in plan.slots) if rehearsal.use else missing
+        wanted = sum(trial.use.per_token(i) for i in plan.slots) if trial.use else missing
         paged = sum(layers.rows[i] for i in plan.slots) / total
         wanted += sum(layers.rows[i] for i in plan.kept)
         missing = min(missing, wanted)
     elif plan.streamed:
-        way = rehearsal.ways["streamed"]
+        way = trial.ways["streamed"]
         nbytes = float(sum(layers.stored[i] for i in plan.streamed)) * way.size
         requests = way.requests * nbytes / way.nbytes if way.nbytes else 0.0
         read = way.rate * nbytes / disk.sequential
         missing = float(sum(layers.rows[i] for i in plan.streamed))
         wanted, paged = float(total), missing / total
     else:
-        way, read, nbytes, requests, missing = _resident(rehearsal), 0.0, 0.0, 0.0, 0.0
+        way, read, nbytes, requests, missing = _resident(trial), 0.0, 0.0, 0.0, 0.0
         wanted, paged = float(total), 0.0
     base = way.compute - way.per_request * way.requests
-    compute = paged * base + (1 - paged) * _resident(rehearsal).compute
+    compute = paged * base + (1 - paged) * _resident(trial).compute
     compute += way.per_request * requests
     hidden = way.overlap * min(read, compute)
     return Forecast(nbytes, requests, read, compute, hidden, wanted, missing)
 
 
-def _resident(rehearsal: TrialRun) -> Timing:
+def _resident(trial: TrialRun) -> Timing:
     """The nearest to a layer that is kept: computed whole, by mlx-lm's own module."""
-    ways = rehearsal.ways
+    ways = trial.ways
     return ways.get("resident") or ways.get("streamed") or ways["paged"]
 
 
@@ -189,14 +188,14 @@ def _paged(
     plan: Plan,
     disk: DiskSpeed,
     way: Timing,
-    rehearsal: TrialRun,
+    trial: TrialRun,
     policy: str,
     warm: int | None,
     count: int,
     curves: Sequence[Sequence[float]] | None,
 ) -> tuple[float, float, float, float]:
     """(seconds of reading, bytes, requests, missing rows) of a token, all layers together."""
-    use = rehearsal.use
+    use = trial.use
     read = nbytes = requests = missing = 0.0
     for layer, slots in plan.slots.items():
         if curves is not None:

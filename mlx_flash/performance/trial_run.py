@@ -129,7 +129,7 @@ def _facts(model: Model) -> dict[str, Any]:
         trained = [stat.st_size, stat.st_mtime_ns]
     return disk_speed.machine_facts() | {
         "package": __version__,
-        "rehearsal": FORMAT_VERSION,
+        "trial_run": FORMAT_VERSION,
         "rows": directory.rows.fingerprint,
         "disk": directory.rows.path.stat().st_dev,
         "predictor": model.selection.kind if model.selection else None,
@@ -167,7 +167,7 @@ def _remember(key: str, found: TrialRun) -> None:
 
 
 class _Trial:
-    """One rehearsal."""
+    """One trial run."""
 
     def __init__(self, model: Model, ram: int, disk: DiskSpeed, progress: Progress) -> None:
         self.model, self.ram, self.disk, self.progress = model, ram, disk, progress

@@ -193,13 +193,13 @@ def test_where_the_cache_is(name, monkeypatch, tmp_path):
 
 def test_misses_are_those_of_the_running_model(source):
     """The simulation, fed with what a model was asked for, against the model's own counter."""
-    outlook = BudgetForecast(ModelDirectory(source), PagingOptions(context=130))
-    outlook.measure(400_000_000)
-    use = outlook.rehearsal.use
-    tokens = book(outlook.tokenizer, trial_run.SEQUENCE, trial_run.START)
+    forecasts = BudgetForecast(ModelDirectory(source), PagingOptions(context=130))
+    forecasts.measure(400_000_000)
+    use = forecasts.trial.use
+    tokens = book(forecasts.tokenizer, trial_run.SEQUENCE, trial_run.START)
     for policy in POLICIES:
         model = load_model(
-            outlook.directory,
+            forecasts.directory,
             PagingOptions(context=300, predictor="gate", policy=policy, cache_share=0.1),
         )
         try:

@@ -111,27 +111,27 @@ def test_all_agree(made):
     path, rng = made
     directory = ModelDirectory(path)
     for options in choices(directory, rng):
-        outlook = BudgetForecast(directory, options)
-        least, most = outlook.least, outlook.most
+        forecasts = BudgetForecast(directory, options)
+        least, most = forecasts.least, forecasts.most
         if options.predictor == "auto":
             info = describe(directory, options)
             assert (info["least_bytes"], info["dense_bytes"]) == (least, most)
             for row in info["budgets"]:
-                compare_row(row, outlook.plan(row["ram_bytes"]))
+                compare_row(row, forecasts.plan(row["ram_bytes"]))
             assert not info["budgets"] or info["budgets"][0]["ram_bytes"] == least
-        assert bench.sweep(outlook, 1 << 50)[0] == least + bench.MARGIN
-        assert trial_run.ways_within(outlook.model, least)
-        below = trial_run.ways_within(outlook.model, least - 2 * 10**6)
+        assert bench.sweep(forecasts, 1 << 50)[0] == least + bench.MARGIN
+        assert trial_run.ways_within(forecasts.model, least)
+        below = trial_run.ways_within(forecasts.model, least - 2 * 10**6)
         # A predictor that was named rules streaming out, but the trial times it for kept layers.
         assert set(below) <= ({"streamed"} if options.predictor == "gate" else set())
         for ram in [least, most, *(rng.randint(least, most + 10**6) for _ in range(BUDGETS))]:
             model = load_model(directory, options.replace(ram=ram))
-            assert model.flash.plan == outlook.plan(ram)
+            assert model.flash.plan == forecasts.plan(ram)
             assert model.flash.plan.total <= ram
             model.flash.close()
         too_small = least - 2 * 10**6
         with pytest.raises(BudgetError, match="too small") as planned:
-            outlook.plan(too_small)
+            forecasts.plan(too_small)
         with pytest.raises(BudgetError) as loaded:
             load_model(directory, options.replace(ram=too_small))
         assert str(planned.value) == str(loaded.value)
@@ -154,16 +154,16 @@ def test_commands_agree(tmp_path, capsys, monkeypatch, kind):
     path = kind(tmp_path / "model", rng)
     directory = ModelDirectory(path)
     options = PagingOptions(context=20)
-    outlook = BudgetForecast(directory, options)
+    forecasts = BudgetForecast(directory, options)
     capsys.readouterr()  # mlx-lm says how it quantised
-    for ram in (outlook.least, (outlook.least + outlook.most) // 2, outlook.most):
+    for ram in (forecasts.least, (forecasts.least + forecasts.most) // 2, forecasts.most):
         model = load_model(directory, options.replace(ram=ram))
         plan = model.flash.plan
         model.flash.close()
         flags = ["--model", str(path), "--ram", str(ram), "--context", "20", "--json"]
         assert cli.main(["plan", *flags]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert found == {"planned_bytes": plan.to_json(), "least_bytes": outlook.least}
+        assert found == {"planned_bytes": plan.to_json(), "least_bytes": forecasts.least}
         settings = {"model": str(path), "prompt_tokens": 4, "gen_tokens": 2, "repeats": 1}
         run = bench_worker.run(
             settings | {"options": options.replace(ram=ram).to_json()}, io.StringIO()
@@ -173,9 +173,9 @@ def test_commands_agree(tmp_path, capsys, monkeypatch, kind):
         assert run["prompt_chunk_tokens"] == plan.step
 
 
-def described(outlook, ram):
+def described(forecasts, ram):
     """The part of the command's figures that nothing has to be measured for."""
-    return {"planned_bytes": outlook.plan(ram).to_json(), "least_bytes": outlook.least}
+    return {"planned_bytes": forecasts.plan(ram).to_json(), "least_bytes": forecasts.least}
 
 
 def test_inspect_says_what_predictors_need(tmp_path):
