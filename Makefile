@@ -15,12 +15,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Every family in every type, 128 tokens with every share of layers kept or experts in slots, and the
-# long blocks of the docs.
+# What make test leaves out: every family in every type, 128 tokens with every share of layers kept or
+# experts in slots, the tests that take longest, and the long blocks of the docs.
 test-whole: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole \
-	  tests/mlx_flash/paging/test_expert_switch.py tests/end_to_end/test_parity.py \
-	  tests/end_to_end/test_docs.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --whole -m "whole or deeper"
 
 # The distillation of the adapter, on a tiny llama; with torch, which nothing else needs.
 test-training:

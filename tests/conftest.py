@@ -24,6 +24,8 @@ settings.register_profile("whole", deadline=None, max_examples=300, print_blob=T
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "durability: of power loss, with the system's own fsync")
+    config.addinivalue_line("markers", "whole: run by make test-whole alone")
+    config.addinivalue_line("markers", "deeper: run by make test-whole, too, over more")
     settings.load_profile("whole" if config.getoption("--whole") else "same")
 
 
@@ -31,8 +33,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole",
         action="store_true",
-        help="128 tokens of every family in every type and share (make test-whole)",
+        help="every family in every type, 128 tokens of each (make test-whole)",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--whole"):
+        return
+    later = [item for item in items if item.get_closest_marker("whole")]
+    config.hook.pytest_deselected(items=later)
+    items[:] = [item for item in items if not item.get_closest_marker("whole")]
 
 
 def pytest_collection_finish():
@@ -55,7 +65,7 @@ def durability(request, monkeypatch):
         monkeypatch.setattr(os, "fsync", FSYNC)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session")
 def small_buffers():
     """Buffers for a quarter of a layer, as large models have: tiny layers would fit them whole."""
     with pytest.MonkeyPatch.context() as patch:

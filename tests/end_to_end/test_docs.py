@@ -64,6 +64,7 @@ def to_run(page):
     return [block for block in found if block.mark in ("", "long")]
 
 
+@pytest.mark.deeper
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)], ids=name)
 def test_blocks_run(page, clone, request):
     for block in to_run(page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,13 +29,22 @@ SHARE = 0.15
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """(name, dtype) -> model directory, converted once."""
-    made: dict[tuple[str, str], Path] = {}
 
+    @cache
     def get(name: str, dtype: str) -> Path:
-        if (name, dtype) not in made:
-            out = tmp_path_factory.mktemp("trained") / name
-            made[name, dtype] = convert(FIXTURES / name, out, dtype=dtype)
-        return made[name, dtype]
+        return convert(FIXTURES / name, tmp_path_factory.mktemp("trained") / name, dtype=dtype)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def dense_tokens(trained):
+    """(name, dtype) -> 128 tokens of the dense model, decoded once."""
+
+    @cache
+    def get(name: str, dtype: str) -> list[int]:
+        dense, tokenizer = load(trained(name, dtype), use_flash=False)
+        return greedy(dense, tokenizer.encode(TEXT))
 
     return get
 
@@ -53,12 +63,11 @@ def difference(found, expected):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_exact_predictors_give_the_dense_tokens(trained, name, dtype, policy):
+def test_exact_predictors_give_the_dense_tokens(trained, dense_tokens, name, dtype, policy):
     """128 of 128 with room for 15 % of the rows."""
     path = trained(name, dtype)
     dense, tokenizer = load(path, use_flash=False)
-    prompt = tokenizer.encode(TEXT)
-    expected = greedy(dense, prompt)
+    prompt, expected = tokenizer.encode(TEXT), dense_tokens(name, dtype)
     model = load_model(ModelDirectory(path), PagingOptions(cache_share=SHARE, policy=policy))
     flash = model.flash
     assert flash.selection.exact
