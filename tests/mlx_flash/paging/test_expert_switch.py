@@ -3,9 +3,10 @@
 Every family of the table that runs on the CPU, in float32, bfloat16, 4 and 8 bits, and 4 bits with
 bfloat16 scales: logits of a prompt and of a step behind it are the dense model's to the bit, with
 slots for a quarter, half and all of the experts. 96 greedy tokens are the same in float32 and 4
-bits with slots for a quarter. The other types share all of that but the kernels: the
-families of ``WANTED`` have 8 tokens with slots for a quarter, those of ``WHOLE``, one of each kind
-of switch module, 128 with every number of slots; with ``--whole`` every family has.
+bits with slots for a quarter; make test has one of the two, by turns. The other types share all of
+that but the kernels: the families of ``WANTED`` have 8 tokens with slots for a quarter, those of
+``WHOLE``, one of each kind of switch module, 128 with every number of slots; with ``--whole`` every
+family has.
 
 Models have as many layers as it takes to have two with experts. MLX multiplies by chosen matrices
 on the CPU in float32 only, unless they are quantised: for bfloat16 the tests put an equivalent
@@ -72,9 +73,9 @@ def gather_mm(a, b, lhs_indices=None, rhs_indices=None, *, sorted_indices=False,
 
 
 def cases():
-    """Every family in every type; those that are not for make test are marked."""
-    for family, kind in itertools.product(PAGED, MIXTURE_KINDS):
-        later = kind not in MAIN and family not in (*WHOLE, *WANTED)
+    """Every family in every type; make test has the main types by turns, and all of some."""
+    for (number, family), kind in itertools.product(enumerate(PAGED), MIXTURE_KINDS):
+        later = family not in (*WHOLE, *WANTED) and kind != MAIN[number % 2]
         yield pytest.param(family, kind, marks=[pytest.mark.whole] if later else [])
 
 

@@ -15,7 +15,7 @@ from mlx_flash.conversion.convert import convert
 from mlx_flash.errors import BudgetError, CacheError, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.families import FAMILIES
-from mlx_flash.models.registry import make_model
+from mlx_flash.models.registry import DECODERS, make_model
 from mlx_flash.runtime import kv_policy
 from mlx_flash.runtime.kv_policy import KVKind, PlainKV, RotatingKV, check_kv, make_kv_policy
 from mlx_flash.runtime.load import load_model
@@ -50,7 +50,14 @@ def nbytes(cache):
 TEXT = [(7 * i) % 250 + 3 for i in range(300)]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+def families():
+    """All of them; make test has every third, and those of this package."""
+    for number, family in enumerate(sorted(FAMILIES)):
+        later = number % 3 and family not in DECODERS
+        yield pytest.param(family, marks=[pytest.mark.whole] if later else [])
+
+
+@pytest.mark.parametrize("family", families())
 def test_every_family(tmp_path, family):
     """Bytes cover the real cache; a rotating one that drops nothing changes nothing."""
     source = make_checkpoint(tmp_path / "hf", family, "float32")
