@@ -29,6 +29,7 @@ from mlx_flash.model_directory.writing import CALIBRATION
 from mlx_flash.models.dtypes import FLOATS
 from mlx_flash.models.quantized_rows import scheme_from
 from mlx_flash.models.registry import make_model
+from mlx_flash.models.settings.normalise import settle
 
 from .adapter import Adapter
 from .checkpoint import UNCHANGED, CheckpointFacts, RequestedFormat
@@ -72,6 +73,8 @@ class HFCheckpoint:
         if adapter:
             self.config = adapter.adapted_config(self.config)
         _refuse_unfit(path, self.config)
+        with _naming(path / "config.json"):
+            self.config = settle(self.config)
         place = locate_ffn(self.config, path)
         with _naming(path):
             quantisation = found_in(self.config)

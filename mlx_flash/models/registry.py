@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,11 @@ from mlx_lm import utils
 
 from . import decoders, families
 from .activation_override import override_activation
+from .rope_override import needs_override, override_rope
+from .settings.normalise import settle
+from .settings.table import rules_of
+from .settings.windows import windowed_layers
+from .window_override import override_windows
 
 MODULES: list[ModuleType] = [
     importlib.import_module(f"{decoders.__name__}.{entry.name}")
@@ -45,10 +51,41 @@ def in_transformers(model_type: str | None) -> bool:
 def get_classes(config: dict[str, Any]) -> tuple[type, type]:
     """(model class, arguments class); what mlx-lm's ``load_model`` takes as ``get_model_classes``.
 
+    The arguments class reads a config as ``settle`` writes it, whichever spelling it is given.
+
     Raises:
         ValueError: neither this package nor mlx-lm has the config's ``model_type``.
-        ModelError: the config names an activation that is not known.
+        ModelError: the config names an activation that is not known, or has a setting that is not
+            computed.
     """
+    settled = settle(config)
+    model_class, args_class = _with_overrides(settled)
+    if settled is config:
+        return model_class, args_class
+
+    class ModelArgs(args_class):
+        @classmethod
+        def from_dict(cls, params: Mapping[str, Any]) -> Any:
+            return super().from_dict(settle(dict(params)))
+
+    return model_class, ModelArgs
+
+
+def _with_overrides(config: dict[str, Any]) -> tuple[type, type]:
+    """The classes of a settled config, with what mlx-lm lacks put in."""
+    classes = _with_activation(config)
+    decoder = classes[0].__module__.startswith(decoders.__name__)
+    text = config.get("text_config")
+    text = config | text if isinstance(text, dict) else config
+    rules = None if decoder else rules_of(text)
+    if rules and rules.rope and needs_override(text, rules.rope):
+        classes = override_rope(*classes, text, rules.rope)
+    if rules and rules.native_window is None and (windows := windowed_layers(text, rules)):
+        classes = override_windows(classes[0], *windows), classes[1]
+    return classes
+
+
+def _with_activation(config: dict[str, Any]) -> tuple[type, type]:
     model_type = config["model_type"]
     known = families.FAMILIES.get(model_type)
     ffn = families.find(config) if known and known.built_in else None

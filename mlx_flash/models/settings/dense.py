@@ -1,0 +1,243 @@
+"""Rules of dense families. Sources: their configs in transformers 5.24, mlx-lm 0.32.2's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_flash.errors import ModelError
+
+from .rules import LINEAR, PLAIN, Rope, Rules
+
+FALSE = (False,)
+TRUE = (True,)
+UNTIED = {"tie_word_embeddings": FALSE}
+TIED = {"tie_word_embeddings": TRUE}
+IS_UNTIED = {"tie_word_embeddings": False}  # what transformers takes where the config says nothing
+NO_BIAS = {"attention_bias": FALSE}
+CAUSAL = {"use_bidirectional_attention": FALSE}
+
+
+def _four_times(key: str) -> Any:
+    """Whether a width is four times another."""
+    return lambda config, value: value == 4 * (config.get(key) or 0)
+
+
+def _head_dim(config: Mapping[str, Any], value: Any) -> bool:
+    heads = config.get("num_attention_heads") or 1
+    return value == (config.get("hidden_size") or 0) // heads
+
+
+def _heads(config: Mapping[str, Any]) -> int | None:
+    heads = config.get("num_attention_heads")
+    return config["hidden_size"] // heads if heads and config.get("hidden_size") else None
+
+
+_LLAMA = Rules(absent=IS_UNTIED)
+_PLAIN = Rope(kinds=PLAIN)
+
+
+def old_layer_types(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Kinds of layers under the names that Granite's hybrids were published with."""
+    old = {"linear_attention": "mamba", "full_attention": "attention"}
+    kinds = config.get("layer_types")
+    return {"layer_types": [old.get(k, k) for k in kinds]} if isinstance(kinds, list) else {}
+
+
+def one_per_kind(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What layers without a window have of their own, of Gemma 4's settings per layer.
+
+    Raises:
+        ModelError: a layer has what mlx-lm cannot give it.
+    """
+    own = config.get("per_layer_config") or {}
+    kinds = config.get("layer_types") or []
+    full = {i for i, kind in enumerate(kinds) if kind == "full_attention"}
+    names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    found: dict[str, Any] = {}
+    for key, new in names.items():
+        values = {int(i): entry[key] for i, entry in own.items() if key in entry}
+        if values and (values.keys() != full or len(set(values.values())) > 1):
+            raise ModelError(
+                f"per_layer_config of this {config.get('model_type')} model gives layers "
+                f"{sorted(values)!r:.80} a {key} of their own, but mlx-lm knows one for all layers "
+                "without a window, so its output would be wrong"
+            )
+        if values:
+            found[new] = next(iter(values.values()))
+    if strange := sorted({key for entry in own.values() for key in entry} - names.keys()):
+        raise ModelError(
+            f"per_layer_config of this {config.get('model_type')} model has {strange[0]}, which "
+            "mlx-lm cannot give single layers, so its output would be wrong"
+        )
+    return found
+
+
+GEMMA4_TEXT = Rules(
+    Rope(reads_new=True),
+    window="typed",
+    native_window="layer_types",
+    absent={"final_logit_softcapping": None, "use_double_wide_mlp": False}
+    | {"num_kv_shared_layers": 0},
+    only=NO_BIAS | CAUSAL,
+    translate=one_per_kind,
+)
+
+
+DENSE: dict[str, Rules] = {
+    **dict.fromkeys(("llama", "bypass_llama", "sparsellama", "iquestcoder"), _LLAMA),
+    "mistral": Rules(
+        window="every", absent=IS_UNTIED, harmless={"layer_types": "transformers ignores it"}
+    ),
+    "apertus": Rules(
+        Rope(default_theta=12000000.0),
+        absent={
+            "mlp_bias": False,
+            "post_norm": False,
+            "qk_norm": True,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "rope_theta": 12000000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+        },
+    ),
+    "cohere": Rules(Rope(kinds=PLAIN, default_theta=500000.0), only=TIED),
+    "cohere2": Rules(_PLAIN, window="fourth", native_window="pattern", only=TIED),
+    "ernie4_5": Rules(
+        Rope(kinds=PLAIN, default_theta=500000.0), absent={"tie_word_embeddings": True}
+    ),
+    "exaone": Rules(
+        Rope(default_theta=500000.0),
+        names={
+            "num_layers": "num_hidden_layers",
+            "layer_norm_epsilon": "rms_norm_eps",
+            "activation_function": "hidden_act",
+        },
+        absent=IS_UNTIED,
+    ),
+    "exaone4": Rules(
+        window="fourth",
+        native_window="letters",
+        absent={"head_dim": _heads, "rope_scaling": None, "sliding_window": 4096}
+        | {"sliding_window_pattern": 4},
+    ),
+    "falcon_h1": Rules(absent=IS_UNTIED | {"head_dim": _heads}),
+    "gemma": Rules(_PLAIN, only=TIED | NO_BIAS | CAUSAL),
+    "gemma2": Rules(_PLAIN, window="alternating", only=TIED | NO_BIAS | CAUSAL),
+    "gemma3_text": Rules(
+        Rope(default_theta=1000000.0, local="rope_local_base_freq"),
+        window="sixth",
+        native_window="pattern",
+        only=NO_BIAS
+        | CAUSAL
+        | {"final_logit_softcapping": (None,), "attn_logit_softcapping": (None,)},
+    ),
+    "gemma4_text": GEMMA4_TEXT,
+    "glm": Rules(
+        Rope(kinds=PLAIN, uses_share=True, default_share=0.5),
+        absent=IS_UNTIED | {"attention_bias": True},
+    ),
+    "glm4": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, default_share=0.5, kinds=PLAIN),
+        only=UNTIED,
+    ),
+    "gpt2": Rules(
+        None,
+        names={"n_ctx": "n_positions"},
+        only={
+            "n_inner": _four_times("n_embd"),
+            "scale_attn_weights": TRUE,
+            "scale_attn_by_inverse_layer_idx": FALSE,
+            "add_cross_attention": FALSE,
+            "tie_word_embeddings": TRUE,
+        },
+        harmless={"reorder_and_upcast_attn": "the same sums in float32"},
+    ),
+    "gpt_bigcode": Rules(None, only={"scale_attn_weights": TRUE, "add_cross_attention": FALSE}),
+    "gpt_neox": Rules(
+        Rope(
+            theta="rotary_emb_base",
+            share="rotary_pct",
+            uses_share=True,
+            default_share=0.25,
+            kinds=PLAIN,
+        ),
+        only=UNTIED | {"attention_bias": TRUE, "intermediate_size": _four_times("hidden_size")},
+    ),
+    "gptj": Rules(None, only=UNTIED | {"n_inner": _four_times("n_embd")}),
+    "granite": Rules(absent=IS_UNTIED),
+    "granitemoehybrid": Rules(_PLAIN, absent=IS_UNTIED, translate=old_layer_types),
+    "helium": Rules(Rope(kinds=PLAIN, default_theta=100000.0)),
+    "hunyuan_v1_dense": Rules(Rope(reads_new=False, kinds=PLAIN | {"dynamic"}, replaceable=False)),
+    "internlm3": Rules(
+        Rope(kinds=PLAIN, spelling="rope_type"),
+        names={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+        only={"head_dim": _head_dim},
+    ),
+    "jamba": Rules(None, absent=IS_UNTIED),
+    "lfm2": Rules(
+        Rope(kinds=PLAIN, default_theta=1000000.0),
+        names={"block_dim": "hidden_size"},
+        only=TIED,
+    ),
+    "llama4_text": Rules(
+        Rope(kinds=PLAIN, default_theta=500000.0, replaceable=False),
+        absent=IS_UNTIED,
+        only=NO_BIAS,
+    ),
+    "minicpm3": Rules(Rope(kinds=PLAIN | {"longrope"}, replaceable=False)),
+    "ministral3": Rules(Rope(reads_new=True)),
+    "muse_glimmer": Rules(Rope(reads_new=True), window="typed", native_window="layer_types"),
+    "nanochat": Rules(
+        Rope(kinds=PLAIN, replaceable=False),
+        only=UNTIED | NO_BIAS | {"final_logit_softcapping": (15.0,)},
+    ),
+    "nemotron": Rules(
+        Rope(
+            share="partial_rotary_factor",
+            uses_share=True,
+            default_share=0.5,
+            kinds=LINEAR,
+            spelling="type",
+        ),
+        absent=IS_UNTIED,
+    ),
+    "olmo2": Rules(absent=IS_UNTIED),
+    "olmo3": Rules(
+        Rope(default_theta=500000.0, local="rope_theta"),
+        window="fourth",
+        native_window="layer_types",
+        absent=IS_UNTIED,
+    ),
+    "olmo_hybrid": Rules(Rope(reads_new=True, kinds=PLAIN)),
+    "phi": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, default_share=0.5, kinds=PLAIN),
+        only=UNTIED | {"qk_layernorm": FALSE},
+    ),
+    "phi3": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, kinds=PLAIN, spelling="type"),
+        window="every",
+        absent=IS_UNTIED,
+    ),
+    "qwen2": Rules(window="qwen", absent=IS_UNTIED),
+    "qwen3": Rules(window="qwen", absent=IS_UNTIED, only=NO_BIAS),
+    "recurrent_gemma": Rules(
+        Rope(kinds=PLAIN, uses_share=True, built_in_share=0.5, default_share=0.5),
+        only=TIED,
+    ),
+    "seed_oss": Rules(absent=IS_UNTIED | {"attention_bias": True}),
+    "smollm3": Rules(
+        Rope(default_theta=2000000.0), window="without_rope", native_window="layer_types"
+    ),
+    "stablelm": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, default_share=0.25, kinds=PLAIN),
+        only=UNTIED,
+    ),
+    "starcoder2": Rules(
+        _PLAIN, window="every", only={"use_bias": TRUE}, absent={"tie_word_embeddings": True}
+    ),
+}

@@ -1,0 +1,93 @@
+"""Rules of mixtures. Sources: their configs in transformers 5.24, mlx-lm 0.32.2's modules."""
+
+from __future__ import annotations
+
+from .dense import FALSE, IS_UNTIED, NO_BIAS, TRUE, UNTIED, _head_dim, _heads
+from .rules import PLAIN, SCALED, Rope, Rules
+
+SILU = {"hidden_act": ("silu", "swish")}
+_LATENT = Rope(replaceable=False, scales_attention=True)
+
+MIXTURES: dict[str, Rules] = {
+    "afmoe": Rules(window="typed", native_window="layer_types", only=SILU | NO_BIAS),
+    "deepseek_v2": Rules(
+        Rope(kinds=frozenset({"yarn"}), replaceable=False, scales_attention=True),
+        only=SILU | UNTIED | {"mlp_bias": FALSE},
+        harmless={"norm_topk_prob": "transformers ignores it"},
+    ),
+    "deepseek_v3": Rules(_LATENT, only=SILU | UNTIED | {"rope_interleave": TRUE}),
+    "deepseek_v32": Rules(_LATENT, only=SILU | UNTIED),
+    "dots1": Rules(window="after", only=SILU),
+    "ernie4_5_moe": Rules(Rope(kinds=PLAIN, default_theta=500000.0), only=SILU),
+    "bailing_hybrid": Rules(None, unread=("linear_num_heads", "kda_lower_bound")),
+    "exaone_moe": Rules(window="typed", native_window="layer_types", only=SILU),
+    "glm4_moe": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, default_share=0.5, kinds=PLAIN),
+        absent={"rope_scaling": None, "head_dim": _heads},
+        only=SILU,
+    ),
+    "glm4_moe_lite": Rules(_LATENT, only=SILU),
+    "step3p5": Rules(None, unread=("n_routed_experts", "rope_parameters")),
+    "glm_moe_dsa": Rules(Rope(reads_new=True), only=SILU | UNTIED),
+    "gpt_oss": Rules(
+        Rope(default_theta=150000.0, kinds=SCALED),
+        window="alternating",
+        native_window="layer_types",
+        only=UNTIED | {"attention_bias": TRUE},
+    ),
+    "granitemoe": Rules(absent=IS_UNTIED, only=SILU),
+    "kimi_linear": Rules(Rope(reads_new=True), only=SILU),
+    "laguna": Rules(Rope(reads_new=True), window="typed", native_window="layer_types", only=SILU),
+    "lfm2_moe": Rules(Rope(kinds=PLAIN, default_theta=1000000.0)),
+    "llama4": Rules(
+        Rope(default_theta=500000.0), only=SILU | NO_BIAS, harmless={"moe_layers": "follows a step"}
+    ),
+    "longcat_flash": Rules(_LATENT, only=SILU | UNTIED),
+    "mellum": Rules(
+        Rope(reads_new=True),
+        window="typed",
+        native_window="layer_types",
+        names={"num_experts": "num_local_experts"},
+        only=SILU | NO_BIAS,
+    ),
+    "minimax": Rules(Rope(kinds=PLAIN, default_theta=1000000.0), window="every", only=SILU),
+    "mistral4": Rules(Rope(reads_new=True), only=SILU),
+    "mixtral": Rules(
+        Rope(kinds=PLAIN, default_theta=1000000.0),
+        window="every",
+        only=SILU | {"head_dim": _head_dim},
+    ),
+    "nemotron_h": Rules(None),
+    "olmoe": Rules(absent=IS_UNTIED, only=SILU | {"clip_qkv": (None,)}),
+    "phimoe": Rules(
+        Rope(kinds=PLAIN | {"longrope"}, default_theta=1000000.0, replaceable=False),
+        window="every",
+        only=SILU | UNTIED | {"attention_bias": TRUE, "lm_head_bias": TRUE},
+    ),
+    "qwen2_moe": Rules(
+        Rope(kinds=PLAIN, spelling="type"),
+        window="qwen_moe",
+        only=SILU
+        | {
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([],),
+            "norm_topk_prob": FALSE,
+            "qkv_bias": TRUE,
+        },
+    ),
+    "qwen3_moe": Rules(
+        Rope(kinds=PLAIN),
+        window="switched",
+        names={"num_experts": "num_local_experts"},
+        absent={"head_dim": _heads},
+        only=SILU | NO_BIAS,
+    ),
+    "qwen3_next": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, default_share=0.25), only=SILU
+    ),
+    "solar_open": Rules(
+        Rope(share="partial_rotary_factor", uses_share=True, default_theta=1000000.0, kinds=PLAIN),
+        absent={"intermediate_size": 0, "first_k_dense_replace": 0},
+        only=SILU,
+    ),
+}
