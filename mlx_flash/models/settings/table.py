@@ -19,6 +19,7 @@ TEXT_OF = {"qwen3_vl_moe_text": "qwen3_moe", "qwen3_5_moe_text": "qwen3_5_moe"}
 NESTED = {
     "gemma4": "gemma4_text",
     "kimi_k25": "deepseek_v3",
+    "kimi_k3": "kimi_k3",  # no rules: not in transformers
     "kimi_vl": "deepseek_v3",
     "llama4": "llama4",
     "qwen3_vl_moe": "qwen3_moe",
