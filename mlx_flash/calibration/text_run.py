@@ -119,5 +119,5 @@ def tokenised(
     directory: ModelDirectory, data: str | Path | None, tokens: int, seed: int
 ) -> CalibrationText:
     """A text as a model's tokenizer cuts it, see ``text.load``."""
-    positions = directory.config.get("max_position_embeddings")
-    return text_module.load(data, load_tokenizer(directory), tokens, positions, seed)
+    tokenizer = load_tokenizer(directory)
+    return text_module.load(data, tokenizer, tokens, directory.positions, seed)

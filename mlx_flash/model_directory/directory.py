@@ -15,6 +15,7 @@ from mlx_flash.common.files import sha256_of
 from mlx_flash.errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import Ffn
+from mlx_flash.models.positions import positions_of
 from mlx_flash.models.quantized_rows import QuantScheme, scheme_from
 from mlx_flash.storage.row_file import RowFile
 
@@ -112,9 +113,7 @@ class ModelDirectory:
     @property
     def positions(self) -> int | None:
         """Tokens that the model was made for; None where its config does not say."""
-        configs = [self.config, self.config.get("text_config")]
-        found = [c.get("max_position_embeddings") for c in configs if isinstance(c, dict)]
-        return next((n for n in found if isinstance(n, int) and n > 0), None)
+        return positions_of(self.config)
 
     @property
     def shards(self) -> list[Path]:

@@ -18,8 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flash.errors import DamagedError, ModelError, ReadError
+from mlx_flash.errors import DamagedError, ReadError
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.models.bounded_embedding import check_tokens
 from mlx_flash.models.dtypes import BIT_VIEWS, DTYPES, FLOAT_NAMES
 from mlx_flash.models.registry import make_model
 from mlx_flash.storage.safetensors_header import header
@@ -110,13 +111,9 @@ class FlashEmbedding(nn.Module):
         """
         table = self._table
         wanted, place = np.unique(np.array(tokens), return_inverse=True)
+        check_tokens(wanted, table.shape[0])
         rows = np.empty((wanted.size, table.row_bytes), np.uint8)
         for row, token in zip(rows, wanted.tolist(), strict=True):
-            if not -table.shape[0] <= token < table.shape[0]:
-                raise ModelError(
-                    f"token {token} is outside the model's embedding, which has {table.shape[0]} "
-                    "tokens; use the tokenizer of the model directory"
-                )
             self._read(row, table.offset + token % table.shape[0] * table.row_bytes)
         dtype = DTYPES[table.dtype]
         unit = np.dtype(f"u{dtype.size}")

@@ -172,7 +172,7 @@ class _Trial:
     def __init__(self, model: Model, ram: int, disk: DiskSpeed, progress: Progress) -> None:
         self.model, self.ram, self.disk, self.progress = model, ram, disk, progress
         self.use: RowUse | None = None
-        positions = model.directory.config.get("max_position_embeddings") or 1 << 30
+        positions = model.directory.positions or SEQUENCE
         self.length = max(8, min(SEQUENCE, positions))
         # A half is read as a prompt, a quarter decoded first, the rest after it.
         self.first, self.second = self.length // 2, self.length * 3 // 4

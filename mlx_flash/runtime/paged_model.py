@@ -15,6 +15,7 @@ from mlx.utils import tree_unflatten
 from mlx_flash.common.sizes import show
 from mlx_flash.errors import BudgetError
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.models.bounded_embedding import bound_embeddings
 from mlx_flash.paging import flash_embedding
 from mlx_flash.paging.counters import Counters
 from mlx_flash.paging.layer_stream import LayerStream
@@ -171,6 +172,7 @@ class PagedModel:
         if self.plan.lookup and (found := flash_embedding.find(self.directory)):
             self._embedding = modules[flash_embedding.PATH] = flash_embedding.FlashEmbedding(found)
         model.update_modules(tree_unflatten(list(modules.items())))
+        bound_embeddings(model)
         mx.eval(model.parameters())
 
     def call(self, forward: Callable[..., Any], inputs: mx.array, cache: Any, extra: Any) -> Any:
