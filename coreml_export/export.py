@@ -19,6 +19,7 @@ from coreml_export.quantization.stored_weights import RoundedWeights, StoredWeig
 from coreml_export.source.decoder_spec import MULTIPLE, Decoder, check_context
 from coreml_export.source.families import describe
 from coreml_export.source.weights_source import Source, chat_template
+from mlx_flash.common.files import beside
 from mlx_flash.errors import FlashError
 
 from .bundle import manifest, mlpackage, readme, sizes
@@ -62,7 +63,7 @@ def export(
     if settings.context is None:
         settings = replace(settings, context=_default_context(source, decoder))
     check_context(decoder, settings.context)
-    partial = out.with_name(out.name + ".partial")
+    partial = beside(out, ".partial")
     choices = None
     if "paged" in settings.profiles:
         choices = predictors.choose(source, decoder, settings.predictor)

@@ -23,7 +23,7 @@ from zipfile import BadZipFile
 import mlx.core as mx
 import numpy as np
 
-from mlx_flash.common.files import atomic_write, replacing, sync
+from mlx_flash.common.files import atomic_write, beside, replacing, sync
 from mlx_flash.common.work_directory import WorkDirectory
 from mlx_flash.errors import CalibrationError, FlashWarning
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -41,8 +41,7 @@ Records = Mapping[str, Sequence[str]]
 
 def path_for(directory: ModelDirectory) -> Path:
     """Where the calibration of a model directory keeps its state."""
-    path = directory.path.absolute()
-    return path.with_name(path.name + ".calibrating")
+    return beside(directory.path.absolute(), ".calibrating")
 
 
 def _work(path: Path) -> WorkDirectory:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a write to a full disk ends with
+NAME_BYTES = 255  # of a file's name, on the file systems of macOS and Linux
 _TEMPORARY = re.compile(r"mlx_flash-writing-[0-9a-f]{12}(\..*)?")
 
 
@@ -47,6 +48,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """``path`` with a suffix to its name, for what is made beside it.
+
+    A name that would become too long for the file system is cut; a hash keeps two of them apart.
+    """
+    name = path.name
+    if len(os.fsencode(name + suffix)) > NAME_BYTES:
+        kept = os.fsencode(name)[: NAME_BYTES - len(os.fsencode(suffix)) - 9]
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        name = f"{kept.decode(errors='ignore')}-{digest}"
+    return path.with_name(name + suffix)
 
 
 def is_temporary(path: Path) -> bool:

@@ -32,7 +32,7 @@ class ModelDirectory:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # it stays there, wherever the process goes
         self.config = read_config(self.path)
         flash = self.config.get("flash")
         if not isinstance(flash, dict):

@@ -14,7 +14,7 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from mlx_flash.common.files import is_temporary, sync
+from mlx_flash.common.files import beside, is_temporary, sync
 from mlx_flash.common.work_directory import WorkDirectory, existing
 from mlx_flash.errors import ConvertError, FlashError
 
@@ -125,12 +125,12 @@ def check_disk(out: Path, total: int, instead: str = "another --mlx-path") -> No
 
 
 def _work(out: Path) -> WorkDirectory:
-    partial = out.with_name(out.name + ".partial")
+    partial = beside(out, ".partial")
     return WorkDirectory(partial, MARKER, "conversion", ConvertError)
 
 
 def _replaced(out: Path) -> Path:
-    return out.with_name(out.name + ".replaced")
+    return beside(out, ".replaced")
 
 
 def working_directory(out: Path, key: str) -> AbstractContextManager[Path]:

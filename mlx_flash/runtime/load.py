@@ -32,6 +32,7 @@ from mlx_flash.storage.reader import RowReader
 
 from .foreign_errors import foreign_errors
 from .kv_policy import DEFAULT_KV, KVPolicy
+from .literal_path import LiteralPath
 from .memory_plan import plan_for
 from .memory_requirements import memory_requirements
 from .options import PagingOptions, policy_spec
@@ -133,7 +134,9 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
             flash.limit(options.ram, needs.context)
         classes = functools.partial(_classes, flash=flash)
         with foreign_errors(directory):
-            model, _ = utils.load_model(directory.path, lazy=True, get_model_classes=classes)
+            model, _ = utils.load_model(
+                LiteralPath(directory.path), lazy=True, get_model_classes=classes
+            )
             flash.start(model)
     except BaseException:
         (flash or reader).close()

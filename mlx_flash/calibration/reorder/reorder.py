@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_flash.calibration import recordings
 from mlx_flash.calibration.text_run import Progress, TextRun, tokenised
-from mlx_flash.common.files import digest_of
+from mlx_flash.common.files import beside, digest_of
 from mlx_flash.common.sizes import parse_ram
 from mlx_flash.errors import ModelError, PredictorError
 from mlx_flash.model_directory import writing
@@ -86,7 +86,7 @@ def reorder(
         "fitted": _fitted(selection),
     }
     found = {"text": text.source, "tokens": int(text.train.size), "predictor": selection.kind}
-    work = source.with_name(source.name + ".reordering")
+    work = beside(source, ".reordering")
     key = digest_of([settings, directory.config["flash"]["config_sha256"]])
     counts = {name: part.size for name, part in text.parts().items()}
     report = progress or (lambda *_: None)
