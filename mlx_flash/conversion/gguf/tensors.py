@@ -9,7 +9,6 @@ Taking a tensor needs its own size in the output form and about 20 MB.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -20,15 +19,19 @@ from mlx_flash.errors import DamagedError, ModelError, ReadError
 
 from .block_formats import SourceScheme, to_affine
 from .header import Tensor
+from .names import Place
 
 BLOCK_BYTES = 4 << 20  # of float32 values; the library's working copies are several times that
 
 
-def read_floats(path: Path, tensor: Tensor, dtype: mx.Dtype, head_dim: int = 0) -> mx.array:
-    """The evaluated tensor; ``head_dim`` for one whose rows lie in GGUF's order of Q and K."""
+def read_floats(place: Place, dtype: mx.Dtype) -> mx.array:
+    """The evaluated parameter as floats."""
+    tensor = place.tensor
     out = mx.zeros((tensor.rows, tensor.shape[-1]), dtype=dtype)
-    for start, raw in _blocks(path, tensor, head_dim):
+    for start, raw in _blocks(place):
         block = dequantize(raw, tensor.type)
+        if place.offset:
+            block = block - np.float32(place.offset)
         if dtype == mx.float16 and tensor.type != GGMLQuantizationType.F16:
             top = float(np.abs(block).max())
             if top > 65504:
@@ -36,33 +39,39 @@ def read_floats(path: Path, tensor: Tensor, dtype: mx.Dtype, head_dim: int = 0) 
         # Evaluated at once, so that mlx updates ``out`` in place instead of copying it.
         out[start : start + len(block)] = mx.array(block).astype(dtype)
         mx.eval(out)
-    out = out.reshape(tensor.shape)
+    if place.row is not None:
+        out = out[place.row]
+    elif place.head_dim and len(tensor.shape) == 1:
+        out = out.reshape(-1, place.head_dim // 2, 2).swapaxes(1, 2)
+    out = out.reshape(place.shape)
     mx.eval(out)
     return out
 
 
-def read_affine(
-    path: Path, tensor: Tensor, scheme: SourceScheme, dtype: mx.Dtype, head_dim: int = 0
-) -> dict[str, mx.array]:
-    """The evaluated ``weight`` (packed), ``scales`` and ``biases``; the same ``head_dim``."""
+def read_affine(place: Place, scheme: SourceScheme, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The evaluated ``weight`` (packed), ``scales`` and ``biases`` of a matrix, or of a stack."""
+    tensor = place.tensor
+    shapes = affine_shapes(tensor, scheme)
     outs = {
-        part: mx.zeros(shape, dtype=mx.uint32 if part == "weight" else dtype)
-        for part, shape in affine_shapes(tensor, scheme).items()
+        part: mx.zeros((tensor.rows, shape[-1]), dtype=mx.uint32 if part == "weight" else dtype)
+        for part, shape in shapes.items()
     }
-    for start, raw in _blocks(path, tensor, head_dim):
+    for start, raw in _blocks(place):
         for (part, out), block in zip(outs.items(), to_affine(raw, tensor.type), strict=True):
             rows = mx.array(block)
             if part != "weight":
                 _check_range(rows, f"the {part} of {tensor.name}", dtype)
             out[start : start + len(raw)] = rows.astype(out.dtype)
             mx.eval(out)
-    return outs
+    parts = {part: out.reshape(shapes[part]) for part, out in outs.items()}
+    mx.eval(parts)
+    return parts
 
 
 def affine_shapes(tensor: Tensor, scheme: SourceScheme) -> dict[str, tuple[int, ...]]:
-    rows, columns = tensor.shape
-    groups = (rows, columns // scheme.group)
-    return {"weight": (rows, columns * scheme.bits // 32), "scales": groups, "biases": groups}
+    *rows, columns = tensor.shape
+    groups = (*rows, columns // scheme.group)
+    return {"weight": (*rows, columns * scheme.bits // 32), "scales": groups, "biases": groups}
 
 
 def _check_range(values: mx.array, what: str, dtype: mx.Dtype) -> None:
@@ -75,27 +84,34 @@ def _check_range(values: mx.array, what: str, dtype: mx.Dtype) -> None:
         )
 
 
-def _blocks(path: Path, tensor: Tensor, head_dim: int) -> Iterator[tuple[int, np.ndarray]]:
+def _blocks(place: Place) -> Iterator[tuple[int, np.ndarray]]:
     """First row and bytes of one block of rows after another, in Hugging Face's order."""
+    tensor = place.tensor
+    head_dim = place.head_dim if len(tensor.shape) > 1 else 0
     unit = head_dim or 1
     step = max(1, BLOCK_BYTES // (4 * tensor.shape[-1] * unit)) * unit
     for start in range(0, tensor.rows, step):
-        raw = read_rows(path, tensor, start, min(step, tensor.rows - start))
+        raw = read_rows(tensor, start, min(step, tensor.rows - start))
         yield start, _unpermute(raw, head_dim) if head_dim else raw
 
 
-def read_rows(path: Path, tensor: Tensor, start: int, rows: int) -> np.ndarray:
+def read_vector(tensor: Tensor) -> np.ndarray:
+    """All numbers of a tensor of one row, float32."""
+    return dequantize(read_rows(tensor, 0, 1), tensor.type)[0]
+
+
+def read_rows(tensor: Tensor, start: int, rows: int) -> np.ndarray:
     """The bytes of ``rows`` rows from ``start`` on."""
     raw = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
     view, at = memoryview(raw).cast("B"), tensor.offset + start * tensor.row_bytes
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(tensor.file, "rb", buffering=0) as file:
             file.seek(at)
             done = 0
             while count := file.readinto(view[done:]):
                 done += count
     except OSError as error:
-        where = f"{path}: tensor {tensor.name}, {len(view)} bytes at {at}"
+        where = f"{tensor.file}: tensor {tensor.name}, {len(view)} bytes at {at}"
         raise ReadError(f"{where}: {error.strerror}") from error
     if done < len(view):
         raise DamagedError(

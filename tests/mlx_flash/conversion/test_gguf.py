@@ -642,7 +642,7 @@ def test_parts_are_read_once_and_not_kept(make, monkeypatch):
     source = GGUFCheckpoint(make("Q4_0"))
     reads = []
     read = tensors_module.read_rows
-    monkeypatch.setattr(tensors_module, "read_rows", lambda *a: reads.append(a[1].name) or read(*a))
+    monkeypatch.setattr(tensors_module, "read_rows", lambda *a: reads.append(a[0].name) or read(*a))
     first = {name: source.take(name) for name in sorted(source.shapes)}
     assert len(reads) == len(set(reads)) == 9 * LAYERS + 2
     backwards = {name: source.take(name) for name in sorted(source.shapes, reverse=True)}
@@ -757,8 +757,10 @@ def test_rope_scaling(make):
     meta = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 32}
     assert scaling(make, **meta) == yarn
     assert scaling(make, **meta, scaling__yarn_beta_fast=16.0) == yarn | {"beta_fast": 16.0}
-    with pytest.raises(ModelError, match="rope scaling 'longrope'; supported: none, linear, yarn"):
+    with pytest.raises(ModelError, match=r"expected both rope_factors_long\.weight and"):
         scaling(make, scaling__type="longrope")
+    with pytest.raises(ModelError, match="rope scaling 'ntk'; supported: none, linear, yarn, long"):
+        scaling(make, scaling__type="ntk")
 
 
 def llama3_factors(theta=500000.0, factor=8.0, low=1.0, high=4.0, old=8192):
@@ -791,11 +793,15 @@ def test_llama3_rope_factors(make):
 
 F32_ROW = (np.zeros(HIDDEN, np.float32), Kind.F32)
 BAD_META = {
-    "arch": ({"arch": "qwen2"}, "architecture 'qwen2'.*supported for: llama"),
-    "mixture": ({"meta": {"llama.expert_count": 8}}, "8 experts; mixtures from GGUF come later"),
+    "arch": ({"arch": "bert"}, "architecture 'bert'.*supported for: llama, qwen2,"),
+    "mixture": ({"meta": {"llama.expert_count": 8}}, "llama.expert_used_count is missing"),
+    "mixture without experts": (
+        {"meta": {"llama.expert_count": 8, "llama.expert_used_count": 2}},
+        r"a mixtral of 2 layers; missing: .*blk\.0\.ffn_gate_exps\.weight.*blk\.0\.ffn_gate\.w",
+    ),
     "mixture tensors": (
         {"tensors": {"blk.0.ffn_gate_exps.weight": F32_ROW}},
-        r"a mixture \(blk\.0\.ffn_gate_exps\.weight\)",
+        r"unknown: blk\.0\.ffn_gate_exps\.weight",
     ),
     "shards": ({"meta": {"split.count": 3}}, "one of 3 shards"),
     "no size": ({"meta": {"llama.embedding_length": None}}, "embedding_length is missing"),

@@ -45,10 +45,10 @@ def write(path, metadata, shapes):
 def read(path):
     """What a conversion looks at before it takes any tensor."""
     size = check_file(path).st_size
-    metadata, tensors = read_header(path, size)
-    check_types(tensors)
-    check_extents(tensors, size)
-    return metadata, tensors
+    header = read_header(path, size)
+    check_types(header.tensors)
+    check_extents(header.tensors, size, header.alignment)
+    return header.meta, header.tensors
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_tensor_without_dimensions(folder, sound):
     assert name + one + four in sound[0]
     path = folder / "point.gguf"
     path.write_bytes(sound[0].replace(name + one + four, name + bytes(4)))
-    with pytest.raises(DamagedError, match="tensor 1' has no dimensions"):
+    with pytest.raises(DamagedError, match="tensor 1' has 0 dimensions"):
         read(path)
 
 
