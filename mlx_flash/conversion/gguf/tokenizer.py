@@ -1,103 +1,118 @@
 """Tokenizer files from the metadata of a GGUF file.
 
-Knows: the two kinds of vocabulary a llama GGUF carries, ``gpt2`` (byte-level BPE with merges) and
-``llama`` (sentencepiece BPE with scores), and writes files that transformers, mlx-lm, tokenizers
-and (second kind) sentencepiece load. Does not know: the file itself, other kinds of vocabulary,
-chat templates beside the default one. The GGUF names only the rule that cuts text before BPE; a
-name without an entry in ``PRE_TOKENIZERS`` is an error: a guess would give other ids than the
-model was trained with. ``special_tokens_map.json`` is not written: nothing reads more from it than
+Knows: the two kinds of vocabulary that are read, ``gpt2`` (byte-level BPE with merges) and
+``llama`` (sentencepiece BPE with scores), which metadata of them are sound, and the files that transformers,
+mlx-lm, tokenizers and (second kind) sentencepiece load. Does not know: the file itself, how a
+vocabulary becomes a tokenizer (``vocabularies``), how text is cut (``pre_tokenizers``).
+``special_tokens_map.json`` is not written: nothing reads more from it than
 ``tokenizer_config.json`` says.
-
-tokenizer.json of the second kind gives sentencepiece's ids with these exceptions, in which it does
-as llama.cpp does: control and user-defined pieces are found in text, the text behind one gets a
-space before it as the start of a text does, and pieces marked unused are never produced.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
-from tokenizers import pre_tokenizers as pre
-from tokenizers.models import BPE
+from tokenizers import AddedToken, Tokenizer, processors
 
 from mlx_flash.errors import ModelError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # of GGUF and sentencepiece
-KINDS = ("gpt2", "llama")
-UNSET = 0xFFFFFFFF  # how some files write "no such token"
-# Names of end-of-turn tokens, for files whose metadata do not give its id.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
-SPACE = "\u2581"  # how sentencepiece writes a space
-
-_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS_AND_LINES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from .pre_tokenizers import PRE_TOKENIZERS
+from .vocabularies import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    byte_level,
+    merges_of,
+    scored,
+    sentencepiece_model,
+    special_ids,
+    texts_of,
 )
 
-
-def _cut(*patterns: str) -> pre.PreTokenizer:
-    """Every match of a pattern is a word of its own; the words are cut by the next pattern."""
-    cuts = [pre.Split(Regex(p), behavior="isolated") for p in patterns]
-    return pre.Sequence([*cuts, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-# tokenizer.ggml.pre -> (add_space_prefix -> pre-tokenizer). Only plain GPT-2 has a use for the
-# prefix; in the others transformers and llama.cpp ignore it, and so does this.
-PRE_TOKENIZERS: dict[str, Callable[[bool], pre.PreTokenizer]] = {
-    "gpt-2": lambda prefix: pre.ByteLevel(add_prefix_space=prefix),
-    "default": lambda _: _cut(r"[\p{P}$+<=>\^~|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "smollm": lambda _: pre.Sequence(
-        [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": lambda _: _cut(_WORDS_AND_LINES.format(digits="{1,3}")),
-    "qwen2": lambda _: _cut(_WORDS_AND_LINES.format(digits="")),
-}
-PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3"), PRE_TOKENIZERS["llama-bpe"])
-LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+KINDS = ("gpt2", "llama")
+LONGEST_TOKEN = 1024  # characters; the longest known are runs of some hundred spaces
+# Names of end-of-turn tokens, for files whose metadata do not give its id.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>")
+TEMPLATE = "tokenizer.chat_template"
 
 
 def check(meta: dict[str, Any]) -> None:
     """Raises ModelError if ``write`` could not make a tokenizer of these metadata."""
     kind, name = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind not in KINDS:
-        raise ModelError(f"tokenizer kind {kind!r}; supported: {', '.join(KINDS)}")
-    if kind == "gpt2" and name not in PRE_TOKENIZERS:
+        raise ModelError(f"tokenizer kind {kind!r:.60}; supported: {', '.join(KINDS)}")
+    if kind == "gpt2" and (not isinstance(name, str) or name not in PRE_TOKENIZERS):
         raise ModelError(
-            f"tokenizer.ggml.pre is {name!r}; known: {', '.join(sorted(PRE_TOKENIZERS))}. "
+            f"tokenizer.ggml.pre is {name!r:.60}; known: {', '.join(sorted(PRE_TOKENIZERS))}. "
             "Convert the Hugging Face checkpoint, which has its own tokenizer.json"
         )
     if meta.get("tokenizer.ggml.precompiled_charsmap"):
-        raise ModelError("tokenizer.ggml.precompiled_charsmap is set; expected none for a llama")
-    lists = ["tokens", "token_type", "merges" if kind == "gpt2" else "scores"]
-    sizes = {k: len(meta.get(f"tokenizer.ggml.{k}") or ()) for k in lists}
-    same = {sizes[k] for k in lists if k != "merges"}
-    if not sizes["tokens"] or len(same) > 1:
-        raise ModelError(f"tokenizer lists of sizes {sizes}; expected one entry for each token")
+        raise ModelError("tokenizer.ggml.precompiled_charsmap is set; expected none of this kind")
+    _check_lists(meta, kind)
+    _check_singles(meta)
     tokens = meta["tokenizer.ggml.tokens"]
-    twice = [t for t, count in Counter(_texts(meta)).items() if count > 1]
+    twice = [t for t, count in Counter(texts_of(meta)).items() if count > 1]
     if twice or "" in tokens:
-        raise ModelError(f"tokens that are empty or occur twice: {twice[:8] or ['']}")
-    special = _special_ids(meta)
-    if bad := {k: v for k, v in special.items() if v not in range(len(tokens))}:
+        raise ModelError(f"tokens that are empty or occur twice: {twice[:8] or ['']!r:.300}")
+    special = special_ids(meta)
+    if bad := {k: v for k, v in special.items() if not 0 <= v < len(tokens)}:
         raise ModelError(f"special tokens {bad}; expected ids below {len(tokens)}")
     for name in ("bos", "eos"):
         if meta.get(f"tokenizer.ggml.add_{name}_token") and name not in special:
             raise ModelError(f"add_{name}_token is set; expected a {name}_token_id too")
     if kind == "gpt2":
-        _merges(meta)
+        merges_of(meta)
     elif (unknown := meta["tokenizer.ggml.token_type"].count(UNKNOWN)) != 1:
         raise ModelError(f"{unknown} tokens of type unknown; sentencepiece needs exactly one")
 
 
+def _check_lists(meta: dict[str, Any], kind: str) -> None:
+    """Raises ModelError unless tokens, their types and merges or scores are lists that fit."""
+    wanted: dict[str, Any] = {"tokens": str, "token_type": int}
+    wanted |= {"merges": str} if kind == "gpt2" else {"scores": int | float}
+    found = {name: meta.get(f"tokenizer.ggml.{name}") for name in wanted}
+    found = {name: [] if values is None else values for name, values in found.items()}
+    for name, values in found.items():
+        if not isinstance(values, list) or not all(isinstance(v, wanted[name]) for v in values):
+            raise ModelError(
+                f"tokenizer.ggml.{name} is {values!r:.60}; expected a list of "
+                f"{'texts' if wanted[name] is str else 'numbers'}"
+            )
+    sizes = {name: len(values) for name, values in found.items()}
+    same = {size for name, size in sizes.items() if name != "merges"}
+    if not sizes["tokens"] or len(same) > 1 or not sizes.get("merges", 1):
+        raise ModelError(f"tokenizer lists of sizes {sizes}; expected one entry for each token")
+    if unknown := sorted(set(found["token_type"]) - set(range(NORMAL, BYTE + 1)))[:8]:
+        raise ModelError(f"tokens of the types {unknown}; expected {NORMAL} to {BYTE}")
+    if not all(map(math.isfinite, found.get("scores", []))):
+        raise ModelError("scores of tokens that are not finite")
+    if (longest := max(map(len, found["tokens"]))) > LONGEST_TOKEN:
+        raise ModelError(
+            f"a token of {longest} characters; expected at most {LONGEST_TOKEN}, several times "
+            "what is known"
+        )
+
+
+def _check_singles(meta: dict[str, Any]) -> None:
+    """Raises ModelError for an id that is no whole number, or a template that is no text."""
+    for key, value in meta.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and not whole:
+            raise ModelError(f"{key} is {value!r:.60}; expected the number of a token")
+        named = key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
+        if named and not isinstance(value, str):
+            raise ModelError(f"{key} is {value!r:.60}; expected a text")
+
+
 def config_ids(meta: dict[str, Any]) -> dict[str, Any]:
     """bos_token_id, eos_token_id (a list if there are several) and pad_token_id, where known."""
-    special, ends = _special_ids(meta), _end_ids(meta)
+    special, ends = special_ids(meta), _end_ids(meta)
     ids: dict[str, Any] = {f"{k}_token_id": special[k] for k in ("bos", "pad") if k in special}
     return ids | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
@@ -106,132 +121,72 @@ def write(meta: dict[str, Any], out: Path, max_length: int) -> None:
     """Writes the tokenizer's files and generation_config.json into the directory ``out``."""
     check(meta)
     sentencepiece = meta["tokenizer.ggml.model"] == "llama"
-    tokenizer = _scored(meta) if sentencepiece else _byte_level(meta)
+    tokenizer = scored(meta) if sentencepiece else byte_level(meta)
     _add_tokens(tokenizer, meta)
     _add_ends(tokenizer, meta)
     tokenizer.save(str(out / "tokenizer.json"))
-    tokens, special = meta["tokenizer.ggml.tokens"], _special_ids(meta)
+    tokens, special = meta["tokenizer.ggml.tokens"], special_ids(meta)
     named = [k for k in ("bos", "eos", "unk", "pad") if k in special]
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     } | {f"{name}_token": tokens[special[name]] for name in named}
-    if template := meta.get("tokenizer.chat_template"):
+    if template := _templates(meta):
         config["chat_template"] = template
     _save(out / "tokenizer_config.json", config)
     _save(out / "generation_config.json", config_ids(meta))
     if sentencepiece:
-        (out / "tokenizer.model").write_bytes(_proto(meta))
+        (out / "tokenizer.model").write_bytes(sentencepiece_model(meta))
+
+
+def _templates(meta: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The chat template, or all of them as transformers lists those that have names."""
+    default = meta.get(TEMPLATE)
+    named = {
+        key.removeprefix(f"{TEMPLATE}."): value
+        for key, value in meta.items()
+        if key.startswith(f"{TEMPLATE}.")
+    }
+    if not named:
+        return default
+    every = ({"default": default} if default else {}) | named
+    return [{"name": name, "template": template} for name, template in every.items()]
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _special_ids(meta: dict[str, Any]) -> dict[str, int]:
-    """bos, eos, unk, pad, eot and eom, as far as the file (or its kind's rule) gives them."""
-    keys = {"unk": "unknown", "pad": "padding"}
-    kinds_rule = {"bos": 1, "eos": 2, "unk": 0} if meta["tokenizer.ggml.model"] == "llama" else {}
-    found = {
-        k: meta.get(f"tokenizer.ggml.{keys.get(k, k)}_token_id", kinds_rule.get(k, UNSET))
-        for k in ("bos", "eos", "unk", "pad", "eot", "eom")
-    }
-    return {k: v for k, v in found.items() if v != UNSET}
-
-
 def _end_ids(meta: dict[str, Any]) -> list[int]:
     """Ids that end a generation: eos, then end of turn and end of message if they are others."""
-    special = _special_ids(meta)
+    special = special_ids(meta)
     ends = [special[k] for k in ("eos", "eot", "eom") if k in special]
     if "eot" not in special:
-        template = meta.get("tokenizer.chat_template", "")
+        template = meta.get(TEMPLATE, "")
         tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
         named = [tokens.index(t) for t in TURN_ENDS if t in template and t in tokens]
         ends += [i for i in named if types[i] == CONTROL]
     return list(dict.fromkeys(ends))
 
 
-def _texts(meta: dict[str, Any]) -> list[str]:
-    """Tokens as tokenizer.json writes them: a user-defined one as it stands in text."""
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    if meta["tokenizer.ggml.model"] != "llama":
-        return tokens
-    pairs = zip(tokens, types, strict=True)
-    return [t.replace(SPACE, " ") if kind == USER_DEFINED else t for t, kind in pairs]
-
-
-def _byte_level(meta: dict[str, Any]) -> Tokenizer:
-    name = meta["tokenizer.ggml.pre"]
-    vocab = {token: i for i, token in enumerate(_texts(meta))}
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=_merges(meta), ignore_merges=name in LLAMA3))
-    if name == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", False))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[name](prefix)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _merges(meta: dict[str, Any]) -> list[tuple[str, str]]:
-    known = set(meta["tokenizer.ggml.tokens"])
-    merges = []
-    for merge in meta["tokenizer.ggml.merges"]:
-        left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= known:
-            raise ModelError(f"merge {merge!r}: both parts and the whole must be tokens")
-        merges.append((left, right))
-    return merges
-
-
-def _scored(meta: dict[str, Any]) -> Tokenizer:
-    texts, types = _texts(meta), meta["tokenizer.ggml.token_type"]
-    model = BPE(
-        vocab={token: i for i, token in enumerate(texts)},
-        merges=_merges_by_score(meta),
-        unk_token=texts[types.index(UNKNOWN)],
-        fuse_unk=True,
-        byte_fallback=BYTE in types,
-    )
-    tokenizer = Tokenizer(model)
-    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    )
-    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(
-        [*parts, decoders.Strip(content=" ", left=1, right=0)] if prefix else parts
-    )
-    return tokenizer
-
-
-def _merges_by_score(meta: dict[str, Any]) -> list[tuple[str, str]]:
-    """Sentencepiece joins the neighbours whose union scores highest; here, as ranked merges."""
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-    scores = meta["tokenizer.ggml.scores"]
-    normal = {t for t, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    order = sorted(range(len(tokens)), key=lambda i: -scores[i])
-    return [
-        (token[:cut], token[cut:])
-        for token in (tokens[i] for i in order if types[i] == NORMAL)
-        for cut in range(1, len(token))
-        if token[:cut] in normal and token[cut:] in normal
-    ]
-
-
 def _add_tokens(tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Control tokens become special ones and user-defined tokens added ones, with their ids."""
-    pairs = list(zip(_texts(meta), meta["tokenizer.ggml.token_type"], strict=True))
+    pairs = list(zip(texts_of(meta), meta["tokenizer.ggml.token_type"], strict=True))
     special = [AddedToken(t, normalized=False) for t, k in pairs if k in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in pairs if k == USER_DEFINED])
 
 
+def _rule_begins(meta: dict[str, Any]) -> bool:
+    rule = PRE_TOKENIZERS.get(meta.get("tokenizer.ggml.pre", ""))
+    return rule is not None and rule.begins
+
+
 def _add_ends(tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
     """Begin and end tokens around every text, where the file (or its kind's rule) asks for them."""
-    begins = meta["tokenizer.ggml.model"] == "llama" or meta.get("tokenizer.ggml.pre") in LLAMA3
-    ids, tokens = _special_ids(meta), meta["tokenizer.ggml.tokens"]
+    begins = meta["tokenizer.ggml.model"] == "llama" or _rule_begins(meta)
+    ids, tokens = special_ids(meta), meta["tokenizer.ggml.tokens"]
     wanted = {
         "bos": meta.get("tokenizer.ggml.add_bos_token", begins),
         "eos": meta.get("tokenizer.ggml.add_eos_token", False),
@@ -246,29 +201,3 @@ def _add_ends(tokenizer: Tokenizer, meta: dict[str, Any]) -> None:
         pair=single + second,
         special_tokens=[(token, ids[name]) for name, token in ends.items()],
     )
-
-
-def _proto(meta: dict[str, Any]) -> bytes:
-    """The sentencepiece model that the metadata came from, as far as encoding depends on it."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    lists = (meta[f"tokenizer.ggml.{k}"] for k in ("tokens", "scores", "token_type"))
-    for token, score, kind in zip(*lists, strict=True):
-        text = token.replace(" ", SPACE) if kind == USER_DEFINED else token
-        model.pieces.add(piece=text, score=score, type=kind)
-    types, ids = meta["tokenizer.ggml.token_type"], _special_ids(meta)
-    trainer = model.trainer_spec
-    trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
-    trainer.vocab_size = len(types)
-    trainer.byte_fallback = BYTE in types
-    for name in ("unk", "bos", "eos", "pad"):
-        setattr(trainer, f"{name}_id", ids.get(name, -1))
-        if name in ids:
-            setattr(trainer, f"{name}_piece", meta["tokenizer.ggml.tokens"][ids[name]])
-    normal = model.normalizer_spec
-    normal.name = "identity"
-    normal.add_dummy_prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
-    normal.remove_extra_whitespaces = False
-    normal.escape_whitespaces = True
-    return model.SerializeToString()

@@ -843,7 +843,7 @@ BAD_META = {
         {"meta": {"tokenizer.ggml.model": "bert"}},
         "kind 'bert'; supported: gpt2, llama",
     ),
-    "pre": ({"meta": {"tokenizer.ggml.pre": "tekken"}}, "'tekken'; known: .*qwen2, smollm"),
+    "pre": ({"meta": {"tokenizer.ggml.pre": "poro"}}, "'poro'; known: .*qwen2, refact"),
     "no pre": ({"meta": {"tokenizer.ggml.pre": None}}, "pre is None; known"),
     "no types": ({"meta": {"tokenizer.ggml.token_type": None}}, "'token_type': 0.*for each token"),
     "bad id": ({"meta": {"tokenizer.ggml.eos_token_id": 600}}, "'eos': 600.*ids below 600"),
