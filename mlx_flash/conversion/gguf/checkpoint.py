@@ -24,6 +24,7 @@ from mlx_flash.conversion.model_spec import ModelSpec
 from mlx_flash.errors import FlashError, ModelError
 from mlx_flash.models.dtypes import FLOATS
 from mlx_flash.models.registry import make_model
+from mlx_flash.models.settings.normalise import settle
 
 from . import rope, tokenizer
 from .architectures import find_architecture, model_config
@@ -167,7 +168,7 @@ def _read(
         yarn = entry.yarn if scaling.get("rope_type") == "yarn" else {}
         config["rope_scaling"] = scaling | yarn
     keys.refuse_rest(entry.implied)
-    config |= tokenizer.config_ids(meta)
+    config = settle(config | tokenizer.config_ids(meta))
     check_layers(tensors, config["num_hidden_layers"], entry.model_type)
     places = find_places(
         _build(config),

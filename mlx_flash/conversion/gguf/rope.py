@@ -77,7 +77,6 @@ def _longrope(
     if LONG not in vectors or SHORT not in vectors:
         raise ModelError(f"longrope scaling; expected both {LONG} and {SHORT}")
     scaling = {
-        "type": "longrope",
         "rope_type": "longrope",
         "original_max_position_embeddings": original,
         "long_factor": [shortest(f) for f in vectors[LONG]],

@@ -1,9 +1,10 @@
 """Tokenizer files from the metadata of a GGUF file.
 
 Knows: the two kinds of vocabulary that are read, ``gpt2`` (byte-level BPE with merges) and
-``llama`` (sentencepiece BPE with scores), which metadata of them are sound, and the files that transformers,
-mlx-lm, tokenizers and (second kind) sentencepiece load. Does not know: the file itself, how a
-vocabulary becomes a tokenizer (``vocabularies``), how text is cut (``pre_tokenizers``).
+``llama`` (sentencepiece BPE with scores), which metadata of them are sound, and the files that
+transformers, mlx-lm, tokenizers and (second kind) sentencepiece load. Does not know: the file
+itself, how a vocabulary becomes a tokenizer (``vocabularies``), how text is cut
+(``pre_tokenizers``).
 ``special_tokens_map.json`` is not written: nothing reads more from it than
 ``tokenizer_config.json`` says.
 """
