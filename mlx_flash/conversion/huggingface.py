@@ -35,6 +35,7 @@ from .adapter import Adapter
 from .checkpoint import UNCHANGED, CheckpointFacts, RequestedFormat
 from .model_spec import ModelSpec
 from .quantization import KEYS, dequantised, found_in, quantise, quantise_modules
+from .tied_head import has_head, head_left_in, refusing_head, untie
 from .turbosparse import predictor_tensors
 from .weight_files import find_files
 
@@ -82,10 +83,10 @@ class HFCheckpoint:
         files, self.fingerprint = find_files(path)
         if adapter:
             self.fingerprint += adapter.sha256[:16]
-        model = _build(path, self.config)
+        model, spare = _with_its_head(path, self.config, files)
         with _naming(path):
             self.spec = ModelSpec.of_model(model, *place)
-        weights, predictors = _load_lazily(path, model, files)
+        weights, predictors = _load_lazily(path, model, files, spare)
         with _naming(path):
             if quantisation:
                 self._set_quantisation(quantise_modules(model, quantisation, weights))
@@ -227,14 +228,39 @@ def _build(path: Path, config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _load_lazily(path: Path, model: nn.Module, files: list[Path]) -> tuple[Weights, Weights]:
-    """(weights under mlx-lm's names, predictors under the checkpoint's names)."""
+def _with_its_head(
+    path: Path, config: dict[str, Any], files: list[Path]
+) -> tuple[nn.Module, set[str]]:
+    """The model of a config, and tensors of a head that it ties and that is the same.
+
+    Where the files' head differs the config is changed, so that the model has it.
+    """
+    model = _build(path, config)
+    names, own = head_left_in(model, files)
+    if own:
+        untie(config)
+        with refusing_head(path, config):
+            model, names = _build(path, config), set()
+            if not has_head(model):
+                raise ModelError("mlx-lm's model has no head of its own")
+    return model, names
+
+
+def _load_lazily(
+    path: Path, model: nn.Module, files: list[Path], spare: set[str]
+) -> tuple[Weights, Weights]:
+    """(weights under mlx-lm's names, predictors under the checkpoint's names).
+
+    Args:
+        spare: names of tensors that are left out.
+    """
     weights: Weights = {}
     for file in files:
         try:
             weights.update(mx.load(str(file)))
         except (RuntimeError, ValueError, TypeError, OverflowError) as error:
             raise ModelError(f"{file} cannot be read: {error}") from error
+    weights = {name: weight for name, weight in weights.items() if name not in spare}
     predictors = predictor_tensors(weights)
     if hasattr(model, "sanitize"):
         try:
