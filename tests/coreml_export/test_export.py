@@ -178,7 +178,9 @@ def test_a_large_model_is_cut_into_packages(tmp_path):
         np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4", "palette4"])
+@pytest.mark.parametrize(
+    "quant", ["int4", *(pytest.param(q, marks=pytest.mark.whole) for q in ("int8", "palette4"))]
+)
 def test_quantised_exports_compute_what_their_weights_say(quant, tmp_path):
     model = FIXTURES / "opt-austen"
     out = tmp_path / "out"
@@ -191,6 +193,7 @@ def test_quantised_exports_compute_what_their_weights_say(quant, tmp_path):
     assert not (out / calibrate_module.CODES).exists()
 
 
+@pytest.mark.whole
 def test_calibrated_rounding_is_nearer_to_the_model_in_both_profiles(tmp_path, capsys):
     model = FIXTURES / "llama-relu-austen"
     asked = {"quant": "int8", "context": QUICK}
@@ -254,6 +257,7 @@ def test_a_model_directory_exports_as_its_checkpoint(tmp_path):
     assert packages[0] == packages[1]
 
 
+@pytest.mark.whole
 def test_trained_predictors_say_what_mlx_flash_says(tmp_path, capsys):
     from mlx_flash.calibration.calibrate import calibrate
     from mlx_flash.conversion.convert import convert

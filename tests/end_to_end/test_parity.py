@@ -56,7 +56,10 @@ def test_same_as_dense(tmp_path, request, family, dtype):
         model.flash.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", *(pytest.param(t, marks=pytest.mark.whole) for t in ("float32", "float16"))],
+)
 def test_ten_layers_three_kept(tmp_path, dtype):
     source = make_checkpoint(tmp_path / "hf", "llama", dtype, layers=10)
     convert(str(source), tmp_path / "flash")

@@ -199,6 +199,7 @@ def test_interrupted_it_goes_on_and_ends_the_same(opt, opt_report, tmp_path, mon
     assert not state_of(model).exists()
 
 
+@pytest.mark.whole
 def test_interrupted_in_a_second_fit_it_ends_the_same(opt, opt_raised, tmp_path, monkeypatch):
     monkeypatch.setattr(LowRankFitter, "ranks", lambda _: (16, 64))
     model = tmp_path / "flash"

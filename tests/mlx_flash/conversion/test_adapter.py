@@ -258,6 +258,7 @@ def test_the_command_line(tmp_path, checkpoint, adapter, capsys):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_act"] == "fatrelu"
 
 
+@pytest.mark.whole
 def test_the_adapter_that_ships(tmp_path):
     """On the real model: it fits, most rows are zero, and paging keeps the dense tokens."""
     if (gguf := find_smollm2()) is None:

@@ -337,7 +337,13 @@ def test_out_inside_the_source(source, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks after MLX is imported")
 @pytest.mark.parametrize(
-    ("scene", "stride"), [("fresh", 1), ("force", 1), ("other", 5), ("twice", 5)]
+    ("scene", "stride"),
+    [
+        ("fresh", 1),
+        pytest.param("force", 1, marks=pytest.mark.whole),
+        ("other", 5),
+        pytest.param("twice", 5, marks=pytest.mark.whole),
+    ],
 )
 def test_killed_at_every_step(tmp_path, scene, stride):
     new = make_checkpoint(tmp_path / "new", "llama", "bfloat16", layers=2, seed=1)

@@ -1100,6 +1100,7 @@ def test_smollm2(smollm2, tmp_path):
     assert tokenizer.decode([model(mx.array([ids]))[0, -1].argmax().item()]) == " Paris"
 
 
+@pytest.mark.whole
 def test_smollm2_quantised(smollm2, tmp_path):
     source = GGUFCheckpoint(smollm2, dtype="float32")
     assert source.config["quantization"] == {

@@ -143,7 +143,9 @@ class Held:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("share", [0.25, 0.375, 0.5])
+@pytest.mark.parametrize(
+    "share", [0.25, *(pytest.param(n, marks=pytest.mark.whole) for n in (0.375, 0.5))]
+)
 def test_prefetched_reads_that_are_late(made, reads, monkeypatch, share, begun):
     """A prefetch is not done when its row is needed, or when its row has left its slot.
 
@@ -200,7 +202,9 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "behind"])
+@pytest.mark.parametrize(
+    "before", [True, pytest.param(False, marks=pytest.mark.whole)], ids=["before", "behind"]
+)
 @pytest.mark.parametrize("owner, step", [(o, step) for o in STEPS for step in STEPS[o]])
 def test_interrupted_anywhere(made, reads, monkeypatch, owner, step, before):
     """Whatever step of fetching an interrupt strikes, what comes after it is right."""
