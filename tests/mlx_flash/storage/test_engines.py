@@ -15,8 +15,8 @@ from support.disks import LAYOUTS, ROWS, assert_read, slots_for
 from support.row_files import make
 
 from mlx_flash.errors import ReadError
+from mlx_flash.storage import engines
 from mlx_flash.storage.engines import (
-    ENGINES,
     NOT_BEGUN,
     Capabilities,
     EngineUnavailable,
@@ -80,9 +80,10 @@ made: list[Ring] = []
 
 @pytest.fixture
 def added(monkeypatch):
-    """Adds engines to those that can be asked for."""
+    """Adds engines to those that can be asked for, which are a copy: their order tells first."""
     made.clear()
-    return lambda kind: monkeypatch.setitem(ENGINES, kind.name, kind)
+    monkeypatch.setattr(engines, "ENGINES", dict(engines.ENGINES))
+    return lambda kind: engines.ENGINES.update({kind.name: kind})
 
 
 @pytest.mark.parametrize("trouble", [False, True])
@@ -166,8 +167,7 @@ def test_the_first_that_can_read_is_taken(tmp_path, monkeypatch, added):
         capabilities = Capabilities(8, alignment=1 << 20)
 
     file, _ = make(tmp_path / "rows", LAYOUT, ROWS)
-    for name in list(ENGINES):
-        monkeypatch.delitem(ENGINES, name)
+    engines.ENGINES.clear()
     for kind in (Never, Coarse, Ring, ThreadEngine):
         added(kind)
     with closing(RowReader(file)) as reader:

@@ -4,7 +4,6 @@ import errno
 import functools
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from types import SimpleNamespace
@@ -241,10 +240,6 @@ def test_bytes_go_where_those_of_threads_go(tmp_path, name, wanted, gap_bytes):
 @needs_aio
 def test_the_engine(tmp_path):
     file, layers = make(tmp_path / "rows", LAYOUT, ROWS)
-    for _ in range(100):  # the kernel is still letting go of the contexts of tests before
-        if not linux_aio.why_not():
-            break
-        time.sleep(0.05)
     for engine, expected in [(None, "aio"), ("aio", "aio"), ("threads", "threads")]:
         with closing(RowReader(file, engine=engine)) as reader:
             if not reader.direct:
