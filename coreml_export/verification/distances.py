@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+# Of two logits' difference, each of which rounding moves: three standard deviations, 3 * sqrt(2).
+SPREAD = 4.2
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -19,8 +22,9 @@ class Distance:
         psnr: peak (the reference's largest logit in size) over root mean square error, dB.
         kl: mean Kullback-Leibler divergence of what is measured from the reference, nats.
         top1: share of tokens whose likeliest next token is the same.
-        top1_apart: the same, where two that lie nearer together in the reference than float16 can
-            tell apart at their size count as one.
+        ties: tokens where it is another one that is as good: in the reference the two lie nearer
+            together than float16 can tell apart at their size, or than the rounding moves them.
+        rms: root mean square of the differences.
     """
 
     tokens: int
@@ -28,19 +32,30 @@ class Distance:
     psnr: float
     kl: float
     top1: float
-    top1_apart: float
+    ties: int
+    rms: float
+
+    @property
+    def top1_apart(self) -> float:
+        """The share of tokens whose likeliest next token is the same, or tied with it."""
+        return self.top1 + self.ties / self.tokens if self.tokens else self.top1
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"top1_apart": self.top1_apart}
 
 
-def distance(found: np.ndarray, reference: np.ndarray) -> Distance:
-    """Compare logits [tokens, vocabulary]; logits that are not finite are infinitely far."""
+def distance(found: np.ndarray, reference: np.ndarray, rounding: float = 0.0) -> Distance:
+    """Compare logits [tokens, vocabulary]; logits that are not finite are infinitely far.
+
+    Args:
+        rounding: root mean square error of a logit that is known to come of rounding alone. Two
+            tokens within SPREAD times that are tied.
+    """
     if found.shape != reference.shape:
         raise ValueError(f"logits {found.shape} against {reference.shape}")
     tokens = len(found)
     if not np.isfinite(found).all():
-        return Distance(tokens, math.inf, -math.inf, math.inf, 0.0, 0.0)
+        return Distance(tokens, math.inf, -math.inf, math.inf, 0.0, 0, math.inf)
     a, b = found.astype(np.float64), reference.astype(np.float64)
     rms = math.sqrt(float(np.mean((a - b) ** 2)))
     peak = float(np.abs(b).max())
@@ -50,9 +65,10 @@ def distance(found: np.ndarray, reference: np.ndarray) -> Distance:
     same = a.argmax(-1) == b.argmax(-1)
     best = b.max(-1)
     chosen = np.take_along_axis(b, a.argmax(-1)[:, None], -1)[:, 0]
-    tied = best - chosen <= np.spacing(np.abs(best).astype(np.float16)).astype(np.float64)
+    apart = np.spacing(np.abs(best).astype(np.float16)).astype(np.float64)
+    tied = ~same & (best - chosen <= np.maximum(apart, SPREAD * rounding))
     largest = float(np.abs(a - b).max())
-    return Distance(tokens, largest, psnr, max(kl, 0.0), float(same.mean()), float(tied.mean()))
+    return Distance(tokens, largest, psnr, max(kl, 0.0), float(same.mean()), int(tied.sum()), rms)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

@@ -185,7 +185,51 @@ def test_what_lies_outside_a_state_is_an_error():
 def test_ties_of_float16_are_told_from_errors():
     reference = np.array([[20.0, 19.99, 0.0], [20.0, 19.9, 0.0]])
     found = distance(reference[:, [1, 0, 2]], reference)
-    assert found.top1 == 0 and found.top1_apart == 0.5
-    assert gates.Gate(kl=1.0, top1=0.4).fails(found)
-    assert not gates.Gate(kl=1.0, top1=0.4, ties=True).fails(found)
-    assert gates.Gate(kl=1.0, top1=0.6, ties=True).fails(found)
+    assert found.top1 == 0 and found.top1_apart == 0.5 and found.ties == 1
+    assert not gates.Gate(kl=1.0, top1=0.4).fails(found)
+    assert gates.Gate(kl=1.0, top1=0.6).fails(found)
+    assert found.to_json()["ties"] == 1
+
+
+def test_ties_within_the_measured_rounding():
+    """What rounding moves that far is tied; what it does not is an error."""
+    reference = np.array([[1.0, 0.99, 0.0], [1.0, 0.9, 0.0]])
+    swapped = reference[:, [1, 0, 2]]
+    assert distance(swapped, reference).ties == 0
+    assert distance(swapped, reference, rounding=0.003).ties == 1
+    assert distance(swapped, reference, rounding=0.03).ties == 2
+    assert distance(reference, reference, rounding=1.0).ties == 0  # the same is no tie
+
+
+def test_the_error_of_a_bad_program_is_no_rounding():
+    """A program that fails its own gate widens nothing, for itself or for the others."""
+    random = np.random.default_rng(0)
+    reference = random.standard_normal((64, 300))
+    noise = random.standard_normal(reference.shape)
+    report = gates.Report("none")
+    bad = report.of_program(reference + 0.1 * noise, reference)
+    assert report.rounding == 0 and report.export_gate.fails(bad) and bad.top1_apart < 1
+    good = report.of_program(reference + 1e-4 * noise, reference)
+    assert report.rounding == pytest.approx(1e-4, rel=0.1)
+    assert not report.export_gate.fails(good)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_two_tokens_as_good_as_each_other(seed, tmp_path):
+    """Of a head with rows that differ by less than float16 tells apart, either may be chosen."""
+    import mlx.core as mx
+
+    model = checkpoint(tmp_path / "model", seed=seed, tie_word_embeddings=False)
+    weights = mx.load(str(model / "model.safetensors"))
+    head = weights["lm_head.weight"]
+    twins = head[:150] + 1e-5 * mx.random.normal((150, head.shape[1]), key=mx.random.key(seed))
+    weights["lm_head.weight"] = mx.concatenate([head[:150], twins])
+    mx.save_safetensors(str(model / "model.safetensors"), weights)
+    out = make(model, tmp_path / "out")
+    found = report(model, out)
+    assert found.failed == []
+    rows = [apart for _, against, apart, _ in found.rows if against == "MLX float32"]
+    assert sum(apart.ties for apart in rows) > 1
+    assert all(apart.top1 < apart.top1_apart == 1 for apart in rows)
+    assert f"| {rows[0].top1:.2%} | {rows[0].ties} | passed |" in found.markdown()
+    assert found.to_json()["rows"][0]["ties"] >= 0
