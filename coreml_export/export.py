@@ -21,6 +21,7 @@ from coreml_export.source.families import describe
 from coreml_export.source.weights_source import Source, chat_template
 from mlx_flash.common.files import beside
 from mlx_flash.errors import FlashError
+from mlx_flash.models.positions import positions_of
 
 from .bundle import manifest, mlpackage, readme, sizes
 from .bundle.rows import write_embedding, write_rows
@@ -63,6 +64,7 @@ def export(
     if settings.context is None:
         settings = replace(settings, context=_default_context(source, decoder))
     check_context(decoder, settings.context)
+    _check_positions(source, settings.context)
     partial = beside(out, ".partial")
     choices = None
     if "paged" in settings.profiles:
@@ -84,9 +86,18 @@ def export(
 
 
 def _default_context(source: Source, decoder: Decoder) -> int:
-    own = source.config.get("max_position_embeddings")
-    limits = [n for n in (decoder.limit, own) if isinstance(n, int) and n > 0]
+    limits = [n for n in (decoder.limit, positions_of(source.config)) if n]
     return min([DEFAULT_CONTEXT, *limits]) // MULTIPLE * MULTIPLE
+
+
+def _check_positions(source: Source, context: int) -> None:
+    """Raise ExportError for a context beyond what the model was made for."""
+    limit = positions_of(source.config)
+    if limit and context > limit:
+        raise ExportError(
+            f"a context of {context} tokens, but {source.path} was made for {limit} positions; "
+            "choose a --context up to that"
+        )
 
 
 def _make(partial: Path) -> None:

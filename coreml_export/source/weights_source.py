@@ -251,7 +251,10 @@ def _floats(arrays: dict[str, mx.array], base: str, scheme: QuantScheme) -> mx.a
 
 
 def chat_template(tokenizer: Path) -> str | None:
-    """The chat template among the tokenizer files of a directory; None if there is none."""
+    """The chat template among the tokenizer files of a directory; None if there is none.
+
+    Of several that have names it is the one that is named default.
+    """
     if (tokenizer / "chat_template.jinja").is_file():
         return (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     file = tokenizer / "tokenizer_config.json"
@@ -261,4 +264,7 @@ def chat_template(tokenizer: Path) -> str | None:
         found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
     except (ValueError, AttributeError):
         return None
+    if isinstance(found, list):
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = next((e.get("template") for e in entries if e.get("name") == "default"), None)
     return found if isinstance(found, str) else None
