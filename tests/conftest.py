@@ -65,7 +65,7 @@ def durability(request, monkeypatch):
         monkeypatch.setattr(os, "fsync", FSYNC)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def small_buffers():
     """Buffers for a quarter of a layer, as large models have: tiny layers would fit them whole."""
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""A mixture, for those who test how its experts are paged."""
+"""A mixture, for those who test how its experts are paged; buffers smaller than a layer."""
 
 import functools
 
@@ -23,3 +23,8 @@ def made(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("mixtral")
     source = mixture_checkpoint(path, "mixtral", request.param, num_hidden_layers=3)
     return ModelDirectory(convert(str(source), path / "flash")), dense_of(source)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_pieces(small_buffers):
+    """Layers take several pieces here; elsewhere buffers are of the size that ships."""
