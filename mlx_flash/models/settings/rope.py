@@ -65,7 +65,7 @@ def settle(config: dict[str, Any], rope: Rope) -> dict[str, Any]:
             rope.share or "partial_rotary_factor",
             rope.default_share if share is None else share,
         )
-    elif share not in (None, 1, 1.0) and kind != "default":
+    elif share not in (None, 1, 1.0) and kind not in ("default", "proportional"):
         raise _error(config, "partial_rotary_factor", share, f"expected 1 with rope {kind}")
     if rope.local and rope.local != rope.theta:
         _put(changed, rope.local, local or config.get(rope.local) or rope.default_local)
