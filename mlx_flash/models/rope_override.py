@@ -17,6 +17,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from .settings import rope
 from .settings.rules import Rope
+from .settings.table import rules_of
+from .settings.windows import windowed_layers
 
 
 class ScaledRope(nn.Module):
@@ -83,9 +85,10 @@ def override_rope(
     class Model(model_class):
         def __init__(self, args: Any) -> None:
             super().__init__(args)
+            others = _windowed(self, config) if rules.local else set()
             for _, module in list(self.named_modules()):
                 for name, child in module.items():
-                    if type(child) is nn.RoPE:
+                    if type(child) is nn.RoPE and id(module) not in others:
                         module[name] = replacement(child, config, rules)
 
     class ModelArgs(args_class):
@@ -97,6 +100,18 @@ def override_rope(
             return super().from_dict(plain)
 
     return Model, ModelArgs
+
+
+def _windowed(model: nn.Module, config: Mapping[str, Any]) -> set[int]:
+    """Identities of the modules in layers with a window, whose positions are not scaled."""
+    family = rules_of(config)
+    _, layers = (family and windowed_layers(config, family)) or (0, [])
+    return {
+        id(module)
+        for layer, windowed in zip(model.layers, layers, strict=False)
+        if windowed
+        for _, module in layer.named_modules()
+    }
 
 
 def _share(config: Mapping[str, Any], rules: Rope) -> float:

@@ -59,7 +59,9 @@ def base_config(model_type: str) -> dict[str, Any]:
     source = tiny if model_type in tiny.TINY else tiny_mixtures
     config = source.config(model_type, **NEEDED.get(model_type, {}))
     config = {k: v for k, v in config.items() if k != "quantization_config"}
-    config |= {key: LONGEST for key in ("max_position_embeddings", "n_positions", "n_ctx") if key in config}
+    config |= {
+        key: LONGEST for key in ("max_position_embeddings", "n_positions", "n_ctx") if key in config
+    }
     return as_saved(config)
 
 
@@ -149,12 +151,16 @@ def save_model(path: Path, config: dict[str, Any], seed: int = 0) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
+    # Two ways of ALiBi that differ: the default one counts.
+    attention = None if config["model_type"] == "falcon" else "eager"
     made = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(made, attn_implementation=attention).float().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 1.0 if "embed" in name or "wte" in name else weight.shape[-1] ** -0.5)
+                weight.normal_(
+                    0, 1.0 if "embed" in name or "wte" in name else weight.shape[-1] ** -0.5
+                )
             elif "norm" in name or "ln_" in name:
                 weight.add_(torch.randn_like(weight) * 0.1)
             else:
@@ -165,7 +171,7 @@ def save_model(path: Path, config: dict[str, Any], seed: int = 0) -> np.ndarray:
 
 
 def our_logits(path: Path) -> np.ndarray:
-    """Logits [LENGTH, vocabulary] of a saved model as this package runs it, everything in memory."""
+    """Logits [LENGTH, vocabulary] of a saved model as this package runs it."""
     checkpoint = HFCheckpoint(path)
     model = make_model(checkpoint.config)
     if hasattr(model, "sanitize"):  # which may tie the head

@@ -168,6 +168,7 @@ TINY: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _llama(
         layer_types=["mamba", "attention"],
         num_local_experts=0,
+        position_embedding_type="rope",
         shared_intermediate_size=160,
         **_GRANITE,
         **_MAMBA,

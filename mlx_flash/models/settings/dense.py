@@ -28,6 +28,12 @@ def _head_dim(config: Mapping[str, Any], value: Any) -> bool:
     return value == (config.get("hidden_size") or 0) // heads
 
 
+def _for_some_layer(config: Mapping[str, Any], value: Any) -> bool:
+    """Whether a layer has the window; a model where none has loses its rotary positions, too."""
+    kinds = config.get("layer_types")
+    return not isinstance(kinds, list) or "sliding_attention" in kinds
+
+
 def _heads(config: Mapping[str, Any]) -> int | None:
     heads = config.get("num_attention_heads")
     return config["hidden_size"] // heads if heads and config.get("hidden_size") else None
@@ -37,11 +43,14 @@ _LLAMA = Rules(absent=IS_UNTIED)
 _PLAIN = Rope(kinds=PLAIN)
 
 
-def old_layer_types(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Kinds of layers under the names that Granite's hybrids were published with."""
+def granite_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers and positions under the names that Granite's hybrids were published with."""
     old = {"linear_attention": "mamba", "full_attention": "attention"}
     kinds = config.get("layer_types")
-    return {"layer_types": [old.get(k, k) for k in kinds]} if isinstance(kinds, list) else {}
+    written = {"layer_types": [old.get(k, k) for k in kinds]} if isinstance(kinds, list) else {}
+    if config.get("position_embedding_type") != "rope":  # null means none to transformers
+        written["position_embedding_type"] = "nope"
+    return written
 
 
 def one_per_kind(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +83,7 @@ def one_per_kind(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 GEMMA4_TEXT = Rules(
-    Rope(reads_new=True),
+    Rope(reads_new=True, replaceable=False),
     window="typed",
     native_window="layer_types",
     absent={"final_logit_softcapping": None, "use_double_wide_mlp": False}
@@ -124,6 +133,7 @@ DENSE: dict[str, Rules] = {
         native_window="letters",
         absent={"head_dim": _heads, "rope_scaling": None, "sliding_window": 4096}
         | {"sliding_window_pattern": 4},
+        only={"sliding_window": _for_some_layer},
     ),
     "falcon_h1": Rules(absent=IS_UNTIED | {"head_dim": _heads}),
     "gemma": Rules(_PLAIN, only=TIED | NO_BIAS | CAUSAL),
@@ -170,7 +180,9 @@ DENSE: dict[str, Rules] = {
     ),
     "gptj": Rules(None, only=UNTIED | {"n_inner": _four_times("n_embd")}),
     "granite": Rules(absent=IS_UNTIED),
-    "granitemoehybrid": Rules(_PLAIN, absent=IS_UNTIED, translate=old_layer_types),
+    "granitemoehybrid": Rules(
+        _PLAIN, absent=IS_UNTIED, translate=granite_names, only={"mamba_n_groups": (1,)}
+    ),
     "helium": Rules(Rope(kinds=PLAIN, default_theta=100000.0)),
     "hunyuan_v1_dense": Rules(Rope(reads_new=False, kinds=PLAIN | {"dynamic"}, replaceable=False)),
     "internlm3": Rules(
@@ -190,7 +202,7 @@ DENSE: dict[str, Rules] = {
         only=NO_BIAS,
     ),
     "minicpm3": Rules(Rope(kinds=PLAIN | {"longrope"}, replaceable=False)),
-    "ministral3": Rules(Rope(reads_new=True)),
+    "ministral3": Rules(Rope(reads_new=True, replaceable=False)),
     "muse_glimmer": Rules(Rope(reads_new=True), window="typed", native_window="layer_types"),
     "nanochat": Rules(
         Rope(kinds=PLAIN, replaceable=False),

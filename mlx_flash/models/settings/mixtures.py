@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from .dense import FALSE, IS_UNTIED, NO_BIAS, TRUE, UNTIED, _head_dim, _heads
+from .dense import FALSE, IS_UNTIED, NO_BIAS, TRUE, UNTIED, _for_some_layer, _head_dim, _heads
 from .rules import PLAIN, SCALED, Rope, Rules
 
 SILU = {"hidden_act": ("silu", "swish")}
 _LATENT = Rope(replaceable=False, scales_attention=True)
 
 MIXTURES: dict[str, Rules] = {
-    "afmoe": Rules(window="typed", native_window="layer_types", only=SILU | NO_BIAS),
+    "afmoe": Rules(
+        window="typed",
+        native_window="layer_types",
+        # mlx-lm knows these four keys, transformers computes what they are by default.
+        only=SILU
+        | NO_BIAS
+        | {"n_group": (1,), "topk_group": (1,), "route_norm": TRUE, "score_func": ("sigmoid",)},
+    ),
     "deepseek_v2": Rules(
         Rope(kinds=frozenset({"yarn"}), replaceable=False, scales_attention=True),
         only=SILU | UNTIED | {"mlp_bias": FALSE},
@@ -20,15 +27,19 @@ MIXTURES: dict[str, Rules] = {
     "dots1": Rules(window="after", only=SILU),
     "ernie4_5_moe": Rules(Rope(kinds=PLAIN, default_theta=500000.0), only=SILU),
     "bailing_hybrid": Rules(None, unread=("linear_num_heads", "kda_lower_bound")),
-    "exaone_moe": Rules(window="typed", native_window="layer_types", only=SILU),
+    "exaone_moe": Rules(
+        window="typed",
+        native_window="layer_types",
+        only=SILU | {"sliding_window": _for_some_layer},
+    ),
     "glm4_moe": Rules(
         Rope(share="partial_rotary_factor", uses_share=True, default_share=0.5, kinds=PLAIN),
         absent={"rope_scaling": None, "head_dim": _heads},
         only=SILU,
     ),
-    "glm4_moe_lite": Rules(_LATENT, only=SILU),
+    "glm4_moe_lite": Rules(_LATENT, only=SILU | {"rope_interleave": TRUE}),
     "step3p5": Rules(None, unread=("n_routed_experts", "rope_parameters")),
-    "glm_moe_dsa": Rules(Rope(reads_new=True), only=SILU | UNTIED),
+    "glm_moe_dsa": Rules(Rope(reads_new=True, replaceable=False), only=SILU | UNTIED),
     "gpt_oss": Rules(
         Rope(default_theta=150000.0, kinds=SCALED),
         window="alternating",
@@ -36,22 +47,30 @@ MIXTURES: dict[str, Rules] = {
         only=UNTIED | {"attention_bias": TRUE},
     ),
     "granitemoe": Rules(absent=IS_UNTIED, only=SILU),
-    "kimi_linear": Rules(Rope(reads_new=True), only=SILU),
-    "laguna": Rules(Rope(reads_new=True), window="typed", native_window="layer_types", only=SILU),
+    "kimi_linear": Rules(Rope(reads_new=True, replaceable=False), only=SILU),
+    "laguna": Rules(
+        Rope(reads_new=True, replaceable=False, kinds=SCALED | {"dynamic"}),
+        window="typed",
+        native_window="layer_types",
+        only=SILU,
+    ),
     "lfm2_moe": Rules(Rope(kinds=PLAIN, default_theta=1000000.0)),
     "llama4": Rules(
         Rope(default_theta=500000.0), only=SILU | NO_BIAS, harmless={"moe_layers": "follows a step"}
     ),
     "longcat_flash": Rules(_LATENT, only=SILU | UNTIED),
     "mellum": Rules(
-        Rope(reads_new=True),
+        Rope(reads_new=True, replaceable=False, kinds=SCALED - {"linear"} | {"dynamic"}),
         window="typed",
         native_window="layer_types",
         names={"num_experts": "num_local_experts"},
         only=SILU | NO_BIAS,
     ),
-    "minimax": Rules(Rope(kinds=PLAIN, default_theta=1000000.0), window="every", only=SILU),
-    "mistral4": Rules(Rope(reads_new=True), only=SILU),
+    "minimax": Rules(
+        Rope(kinds=PLAIN, default_theta=1000000.0, replaceable=False),
+        only=SILU | {"sliding_window": (None,)},
+    ),
+    "mistral4": Rules(Rope(reads_new=True, replaceable=False), only=SILU),
     "mixtral": Rules(
         Rope(kinds=PLAIN, default_theta=1000000.0),
         window="every",
@@ -62,7 +81,10 @@ MIXTURES: dict[str, Rules] = {
     "phimoe": Rules(
         Rope(kinds=PLAIN | {"longrope"}, default_theta=1000000.0, replaceable=False),
         window="every",
-        only=SILU | UNTIED | {"attention_bias": TRUE, "lm_head_bias": TRUE},
+        only=SILU
+        | UNTIED
+        | {"attention_bias": TRUE, "lm_head_bias": TRUE}
+        | {"num_experts_per_tok": (2,)},  # its sparse mixer is for two
     ),
     "qwen2_moe": Rules(
         Rope(kinds=PLAIN, spelling="type"),

@@ -82,7 +82,7 @@ def _check(config: Mapping[str, Any], key: str, computed: Any) -> None:
     if callable(computed):
         if computed(config, value):
             return
-        expected = "another value"
+        expected = "its default"
     else:
         if any(
             value == known and isinstance(value, bool) == isinstance(known, bool)

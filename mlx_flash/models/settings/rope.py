@@ -42,7 +42,7 @@ def settle(config: dict[str, Any], rope: Rope) -> dict[str, Any]:
     if new is not None and not isinstance(new, Mapping):
         raise _error(config, "rope_parameters", new, "expected an object")
     if new and rope.reads_new:
-        return config
+        return _in_place(config, dict(new), rope)
     flat, local = _by_layer(config, dict(new or {}), rope)
     old = config.get("rope_scaling")
     if old is not None and not isinstance(old, Mapping):
@@ -76,6 +76,23 @@ def settle(config: dict[str, Any], rope: Rope) -> dict[str, Any]:
     elif new or (old and rope.spelling):
         changed["rope_scaling"] = None
     return config if changed == config else changed
+
+
+def _in_place(config: dict[str, Any], new: dict[str, Any], rope: Rope) -> dict[str, Any]:
+    """A config whose module reads ``rope_parameters``, with what it would misread written out."""
+
+    def settled(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+        kind = kind_of(config, entry)
+        if kind == "default":
+            return entry
+        beside = {key: entry[key] for key in BESIDE if key in entry}
+        return {**beside, **_scaling(config, kind, entry, rope)}
+
+    if any(isinstance(entry, Mapping) for entry in new.values()):
+        found: Any = {k: settled(v) if isinstance(v, Mapping) else v for k, v in new.items()}
+    else:
+        found = settled(new)
+    return config if found == new else config | {"rope_parameters": found}
 
 
 def kind_of(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -147,7 +164,7 @@ def _scaling(
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise _error(config, f"{key} of rope {kind}", value, "expected a number above 0")
     for key in ("type", "rope_type"):
-        if key in found or key == rope.spelling or ("type" not in found and key == "type"):
+        if key in found or key == rope.spelling:
             found[key] = "su" if found.get(key) == "su" else kind
     if kind in WITH_ORIGINAL:
         found["original_max_position_embeddings"] = _original(config, found)
@@ -155,6 +172,8 @@ def _scaling(
         found["factor"] = float(found["factor"])  # mlx-lm asserts it
     if kind == "yarn":
         _settle_yarn(config, found, rope)
+    if kind == "proportional" and rope.uses_share:
+        raise _error(config, "rope_type", kind, "which is not computed for this family")
     if not rope.replaceable and (kind not in rope.kinds or found.get("truncate") is False):
         what = "truncate" if kind in rope.kinds else "rope_type"
         raise _error(
