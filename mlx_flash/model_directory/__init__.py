@@ -2,3 +2,7 @@
 
 Knows: files and their hashes. Does not know: how they are made, how they are used.
 """
+
+from mlx_flash.common.open_files import check_open_files
+
+check_open_files()  # before anything here imports mlx_lm
