@@ -287,3 +287,8 @@ def _tokens(leaf: Any, coming: int, chunk: int) -> int | None:
         return None
     size = getattr(leaf, "max_size", None)
     return offset + coming if size is None else min(offset + coming, size + chunk - 1)
+
+
+def tokens_in(leaf: Any) -> int:
+    """Tokens that one cache holds now; 0 for one that does not count them."""
+    return _tokens(leaf, 0, 1) or 0

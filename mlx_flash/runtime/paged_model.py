@@ -30,6 +30,7 @@ from .kv_policy import make_kv_policy
 from .memory_plan import Plan
 from .options import PagingOptions
 from .pagers.choose import make_pager
+from .retained_caches import RetainedCaches
 
 # Whether to read ahead by default: see benchmarks/speed/sparse_speed.py, benchmarks/mixture.
 LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
@@ -85,6 +86,7 @@ class PagedModel:
         )
         self.kv = make_kv_policy(options.kv, directory)
         self.max_tokens: int | None = None
+        self._retained = RetainedCaches()
         self._ram = 0
         self._release: Callable[[], object] = lambda: None
         self._forwards = 0
@@ -206,6 +208,8 @@ class PagedModel:
     ) -> Any:
         output = forward(inputs, cache=cache, **extra)
         self._forwards += 1
+        if self.max_tokens is not None:
+            self._retained.note(cache)
         return output
 
     def _check_context(self, cache: Any, batch: int, length: int, chunk: int) -> None:
@@ -217,6 +221,12 @@ class PagedModel:
             raise BudgetError(
                 f"{tokens} tokens are more than the context of {self.max_tokens} that the budget "
                 f"of {show(self._ram)} was planned for; load with a larger context"
+            )
+        if (others := self._retained.others(cache)) and tokens + others > self.max_tokens:
+            raise BudgetError(
+                f"{tokens} tokens and {others} in prompt caches that are still held are more than "
+                f"the context of {self.max_tokens} that the budget of {show(self._ram)} was "
+                "planned for; let go of those caches, or load with a larger context"
             )
 
 

@@ -176,6 +176,31 @@ def test_measured_once_and_again_when_asked(run, tight, cache, monkeypatch):
     assert run("--ram", tight)[0] == 0
 
 
+def test_measured_anew_under_a_small_budget_the_others_stay(source, monkeypatch):
+    """What larger budgets had measured is not thrown away."""
+    model = BudgetForecast(ModelDirectory(source), PagingOptions(context=130)).model
+
+    class Fake:
+        use = RowUse((2,), (np.ones((4, 2), bool),))
+
+        def __init__(self, _model, ram, *_):
+            self.ram = ram
+
+        def run(self, _way):
+            return Timing(self.ram, 8, compute=1.0)
+
+    monkeypatch.setattr(trial_run, "_Trial", Fake)
+    budgets = trial_run.way_budgets(model.needs)
+    everything, least = max(budgets.values()), min(budgets.values())
+    assert set(trial_run.run_trial(model, everything, DISK).ways) == set(budgets)
+    found = trial_run.run_trial(model, least, DISK, again=True)
+    assert found.use is not None
+    assert {way: timing.ram for way, timing in found.ways.items()} == {
+        way: least if needed == least else everything for way, needed in budgets.items()
+    }
+    assert trial_run.run_trial(model, least, DISK).ways == found.ways
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(run, tight, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
