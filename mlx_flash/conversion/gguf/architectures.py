@@ -32,6 +32,7 @@ class Architecture:
         epsilon: the key of the norms' epsilon, and config.json's.
         has_head_dim: config.json has ``head_dim``; elsewhere heads share the hidden size.
         partial_rotary: config.json has ``partial_rotary_factor``; elsewhere heads turn whole.
+        wide: activations go beyond float16's range, so that bfloat16 is the better default.
         sizes: whole numbers that a file must have: its key -> config.json's.
         scales: numbers that a file may have -> config.json's key.
         fixed: what config.json says in every model of the architecture.
@@ -47,6 +48,7 @@ class Architecture:
     epsilon: tuple[str, str] = RMS
     has_head_dim: bool = False
     partial_rotary: bool = False
+    wide: bool = False
     sizes: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
@@ -115,12 +117,13 @@ def _period(keys: Keys, default: int) -> int:
 
 def _gpt_oss(keys: Keys, config: Mapping[str, Any], _names: Names) -> dict[str, Any]:
     period = _period(keys, 2)
-    windows = ["sliding_attention"] * (period - 1) + ["full_attention"]
-    layers = config["num_hidden_layers"]
+    layers = range(1, config["num_hidden_layers"] + 1)
     return {
         "intermediate_size": keys.size("expert_feed_forward_length", config["intermediate_size"]),
         "sliding_window": keys.size("attention.sliding_window", 128),
-        "layer_types": (windows * layers)[:layers],
+        "layer_types": [
+            "sliding_attention" if layer % period else "full_attention" for layer in layers
+        ],
     }
 
 
@@ -175,13 +178,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         implied={"expert_gating_func": _SOFTMAX, "expert_weights_norm": True},
     ),
     "gemma": Architecture(
-        "gemma", "GemmaForCausalLM", norm_offset=1.0, has_head_dim=True, fixed=_GELU
+        "gemma", "GemmaForCausalLM", norm_offset=1.0, has_head_dim=True, wide=True, fixed=_GELU
     ),
     "gemma2": Architecture(
         "gemma2",
         "Gemma2ForCausalLM",
         norm_offset=1.0,
         has_head_dim=True,
+        wide=True,
         fixed=_GELU,
         derive=_gemma2,
     ),
@@ -190,6 +194,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Gemma3ForCausalLM",
         norm_offset=1.0,
         has_head_dim=True,
+        wide=True,
         fixed={"hidden_activation": "gelu_pytorch_tanh"},
         derive=_gemma3,
     ),
@@ -198,6 +203,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gpt_oss",
         "GptOssForCausalLM",
         has_head_dim=True,
+        wide=True,
         sizes=_LOCAL,
         fixed={"hidden_act": "silu", "attention_bias": True},
         yarn={"truncate": False},

@@ -1,11 +1,12 @@
-"""Quantised GGUF rows in MLX's affine form: packed codes, and a scale and a bias for 32 weights.
+"""Quantised GGUF rows in MLX's forms: packed codes with scales and, mostly, biases of 32 weights.
 
 The tensor types that can be read are those that the installed gguf package decodes. Types whose
 weights are scale times code plus offset over 32 weights keep their codes: the value is the file's
 to the bit where scale and offset keep theirs. In float16 they do for Q4_0, Q4_1, Q5_0, Q5_1, Q8_0,
 TQ1_0 and TQ2_0; Q4_K and Q5_K multiply a float16 by a number of six bits, which float32 holds and
-float16 rounds (relative error 2^-11 at most). bfloat16 rounds the scales of all types (2^-8). Every
-other type is decoded and quantised anew by ``mx.quantize``.
+float16 rounds (relative error 2^-11 at most). bfloat16 rounds the scales of all types (2^-8). MXFP4
+is a mode of MLX, too, and is kept as it is. Every other type is decoded and quantised anew by
+``mx.quantize``.
 
 Quantised anew, a type gets the first width that MLX has from its bits per weight on (scales
 included), from 3 up, since 2 bits cannot hold both ends of a symmetric group. What that adds,
@@ -71,15 +72,17 @@ class SourceScheme(NamedTuple):
         bits: of a number.
         requantised: MLX has no such type, so the numbers are decoded and quantised anew.
         group: numbers that share a scale and a bias.
+        mode: MLX's; "mxfp4" has no biases, and scales of one byte.
     """
 
     bits: int
     requantised: bool
     group: int = GROUP
+    mode: str = "affine"
 
     def to_config(self) -> dict[str, Any]:
         """The scheme as ``config["quantization"]`` writes it."""
-        return {"group_size": self.group, "bits": self.bits, "mode": "affine"}
+        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
 
 
 @cache
@@ -101,11 +104,28 @@ def source_scheme(kind: GGMLQuantizationType) -> SourceScheme | None:
     """The scheme of a type that is readable; None for a float type."""
     if kind.name in FLOAT_NAMES:
         return None
+    if kind.name == "MXFP4":
+        return SourceScheme(4, requantised=False, mode="mxfp4")
     if codes := _KEPT.get(kind.name):
         return SourceScheme(codes.bits, requantised=False)
     weights, size = GGML_QUANT_SIZES[kind]
     bits = next(b for b in WIDTHS_ANEW if b * weights >= 8 * size)
     return SourceScheme(bits, requantised=True)
+
+
+def to_parts(raw: np.ndarray, kind: GGMLQuantizationType) -> list[mx.array | np.ndarray]:
+    """Rows of a GGUF's bytes in the form of ``source_scheme``: codes, scales and, affine, biases.
+
+    Scales of mxfp4 are bytes, those of affine forms and the biases float32.
+    """
+    return _mxfp4(raw) if kind.name == "MXFP4" else list(to_affine(raw, kind))
+
+
+def _mxfp4(raw: np.ndarray) -> list[np.ndarray]:
+    """Both GGUF and MLX have a byte of exponent and 32 codes of four bits, in other orders."""
+    blocks = raw.reshape(len(raw), -1, 17)
+    codes = np.concatenate([blocks[:, :, 1:] & 15, blocks[:, :, 1:] >> 4], axis=2)
+    return [pack(codes.reshape(len(raw), -1), 4), np.ascontiguousarray(blocks[:, :, 0])]
 
 
 def to_affine(

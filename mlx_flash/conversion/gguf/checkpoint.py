@@ -8,6 +8,7 @@ object is built, before any tensor is read (but for the few floats of rope's fac
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +28,13 @@ from mlx_flash.models.registry import make_model
 from mlx_flash.models.settings.normalise import settle
 
 from . import rope, tokenizer
-from .architectures import find_architecture, model_config
+from .architectures import Architecture, find_architecture, model_config
 from .block_formats import SourceScheme, source_scheme
 from .header import Tensor, naming
 from .keys import Keys
 from .names import Place, check_layers, find_places
 from .shards import open_source
-from .tensors import affine_shapes, read_affine, read_floats, read_vector
+from .tensors import packed_dtypes, packed_shapes, read_floats, read_packed, read_vector
 
 PARTS = ("weight", "scales", "biases")  # of a quantised matrix
 
@@ -47,8 +48,9 @@ class GGUFCheckpoint:
     Args:
         path: the file; of a model in shards, the first.
         dtype: "float16", "bfloat16" or "float32" for all floats, scales and biases among them.
-            Default: float16 if any matrix stays quantised, as the file has its scales; bfloat16
-            if any tensor is quantised and made floats, or is bfloat16; else float16 if any is,
+            Default: float16 if any matrix stays quantised, as the file has its scales, but
+            bfloat16 for gemma and gpt-oss, whose activations float16 cannot hold; bfloat16 if any
+            tensor is quantised and made floats, or is bfloat16; else float16 if any is,
             else float32. bfloat16 rounds scales and biases (relative error up to 2^-8); float32
             holds the scales of every type whose codes are kept. On a CPU, MLX 0.32 multiplies
             quantised matrices with sums in that type: float32 is the fast and the accurate one.
@@ -74,10 +76,12 @@ class GGUFCheckpoint:
         source = open_source(self.path)
         self._meta = source.meta
         with naming(self.path):
-            self.config, self._places = _read(source.meta, {t.name: t for t in source.tensors})
+            entry, keys = find_architecture(source.meta)
+            tensors = {t.name: t for t in source.tensors}
+            self.config, self._places = find_model(entry, keys, source.meta, tensors)
         floats = dequantize or adapter is not None
         self._schemes = {} if floats else _schemes(self._places)
-        dtype = dtype or _default_dtype(source.tensors, bool(self._schemes))
+        dtype = dtype or _default_dtype(source.tensors, bool(self._schemes), entry.wide)
         self._dtype = FLOATS[dtype]
         self.config["torch_dtype"] = dtype
         if self._schemes:
@@ -103,9 +107,9 @@ class GGUFCheckpoint:
         if scheme is None:
             self.shapes[name], self.dtypes[name] = place.shape, self._dtype
             return
-        for part, shape in affine_shapes(place.tensor, scheme).items():
+        for part, shape in packed_shapes(place.tensor, scheme).items():
             self.shapes[f"{path}.{part}"] = shape
-            self.dtypes[f"{path}.{part}"] = mx.uint32 if part == "weight" else self._dtype
+            self.dtypes[f"{path}.{part}"] = packed_dtypes(scheme, self._dtype)[part]
 
     def _adapt(self, adapter: Adapter) -> None:
         self.config = adapter.adapted_config(self.config)
@@ -145,7 +149,7 @@ class GGUFCheckpoint:
             self._taken = ("", {})
             del parts  # freed before the next are made
             with naming(self.path):
-                parts = read_affine(self._places[f"{path}.weight"], scheme, self._dtype)
+                parts = read_packed(self._places[f"{path}.weight"], scheme, self._dtype)
             self._taken = (path, parts)
         return parts.pop(part)
 
@@ -156,12 +160,16 @@ class GGUFCheckpoint:
             tokenizer.write(self._meta, Path(out), self.config["max_position_embeddings"])
 
 
-def _read(
-    meta: dict[str, Any], tensors: dict[str, Tensor]
+def find_model(
+    entry: Architecture, keys: Keys, meta: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Place]]:
-    """config.json, and where each parameter of its model lies."""
-    entry, keys = find_architecture(meta)
+    """config.json, and where each parameter of its model lies.
+
+    Raises:
+        ModelError: metadata and tensors are no model that is computed.
+    """
     tokenizer.check(meta)
+    check_layers(tensors, keys.size("block_count"), entry.model_type)
     config = model_config(entry, keys, tensors, _vocab_size(meta, keys, tensors))
     vectors = _rope_vectors(keys, config, tensors)
     if scaling := rope.rope_scaling(keys, config, vectors):
@@ -169,7 +177,6 @@ def _read(
         config["rope_scaling"] = scaling | yarn
     keys.refuse_rest(entry.implied)
     config = settle(config | tokenizer.config_ids(meta))
-    check_layers(tensors, config["num_hidden_layers"], entry.model_type)
     places = find_places(
         _build(config),
         tensors,
@@ -251,13 +258,15 @@ def _requantised(
 def _quantisation(schemes: dict[str, SourceScheme]) -> dict[str, Any]:
     """mlx-lm's dict: the scheme that most matrices have, and by path the others."""
     configs = {path: scheme.to_config() for path, scheme in schemes.items()}
-    (bits, group), _ = Counter((s.bits, s.group) for s in schemes.values()).most_common(1)[0]
-    most = SourceScheme(bits, requantised=False, group=group).to_config()
+    counts = Counter(json.dumps(config) for config in configs.values())
+    most = json.loads(counts.most_common(1)[0][0])
     return most | {path: config for path, config in configs.items() if config != most}
 
 
-def _default_dtype(tensors: list[Tensor], quantised: bool) -> str:
+def _default_dtype(tensors: list[Tensor], quantised: bool, wide: bool) -> str:
     kinds = {t.type.name for t in tensors}
+    if wide and kinds != {"F32"}:
+        return "bfloat16"
     if quantised:
         return "float16"
     if kinds - {"F32", "F16"}:

@@ -29,7 +29,8 @@ from mlx_flash.errors import DamagedError, ModelError
 
 from .block_formats import is_readable, readable_types
 
-HEADER_BYTES = 64 << 20  # the largest vocabularies, of 260,000 tokens, need a tenth of it
+HEADER_BYTES = 32 << 20  # the largest vocabularies, of 260,000 tokens, need less than 15
+READ_BYTES = 1 << 20  # at a time
 ALIGNMENT = 32
 MOST_DIMENSIONS = 4
 MOST_NESTING = 8  # of arrays in arrays, of which no known file has any
@@ -99,24 +100,28 @@ class _Cursor:
     """Reads a header on from its beginning; never past the file's end nor past HEADER_BYTES."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._size, self._hash = file, size, hashlib.sha256()
+        self._file, self._size, self._data = file, size, bytearray()
         self.at = 0
 
-    def bytes(self, count: int) -> bytes:
-        end = self.at + count
+    def bytes(self, count: int) -> bytearray:
+        at = self.at
+        end = at + count
+        if end > len(self._data):
+            self._read_to(end)
+        self.at = end
+        return self._data[at:end]
+
+    def _read_to(self, end: int) -> None:
         if end > self._size:
             raise EOFError(end)
         if end > HEADER_BYTES:
             raise DamagedError(
                 f"the header goes on to byte {end} at least; expected at most {HEADER_BYTES}, "
-                "which is several times that of any model known"
+                "more than twice that of any model known"
             )
-        data = self._file.read(count)
-        if len(data) < count:
+        self._data += self._file.read(max(end - len(self._data), READ_BYTES))
+        if end > len(self._data):
             raise EOFError(end)
-        self.at = end
-        self._hash.update(data)
-        return data
 
     def u32(self) -> int:
         return struct.unpack("<I", self.bytes(4))[0]
@@ -152,7 +157,8 @@ class _Cursor:
         return np.frombuffer(raw, form).tolist()
 
     def sha256(self) -> str:
-        return self._hash.hexdigest()
+        """Of what was read so far."""
+        return hashlib.sha256(memoryview(self._data)[: self.at]).hexdigest()
 
 
 @contextmanager

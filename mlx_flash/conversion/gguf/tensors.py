@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 from mlx_flash.errors import DamagedError, ModelError, ReadError
 
-from .block_formats import SourceScheme, to_affine
+from .block_formats import SourceScheme, to_parts
 from .header import Tensor
 from .names import Place
 
@@ -48,19 +48,20 @@ def read_floats(place: Place, dtype: mx.Dtype) -> mx.array:
     return out
 
 
-def read_affine(place: Place, scheme: SourceScheme, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The evaluated ``weight`` (packed), ``scales`` and ``biases`` of a matrix, or of a stack."""
+def read_packed(place: Place, scheme: SourceScheme, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The evaluated parts of a matrix, or of a stack: ``weight`` (packed) and ``scales``, and
+    ``biases`` where the scheme has them."""
     tensor = place.tensor
-    shapes = affine_shapes(tensor, scheme)
+    shapes, dtypes = packed_shapes(tensor, scheme), packed_dtypes(scheme, dtype)
     outs = {
-        part: mx.zeros((tensor.rows, shape[-1]), dtype=mx.uint32 if part == "weight" else dtype)
+        part: mx.zeros((tensor.rows, shape[-1]), dtype=dtypes[part])
         for part, shape in shapes.items()
     }
     for start, raw in _blocks(place):
-        for (part, out), block in zip(outs.items(), to_affine(raw, tensor.type), strict=True):
+        for (part, out), block in zip(outs.items(), to_parts(raw, tensor.type), strict=True):
             rows = mx.array(block)
             if part != "weight":
-                _check_range(rows, f"the {part} of {tensor.name}", dtype)
+                _check_range(rows, f"the {part} of {tensor.name}", dtypes[part])
             out[start : start + len(raw)] = rows.astype(out.dtype)
             mx.eval(out)
     parts = {part: out.reshape(shapes[part]) for part, out in outs.items()}
@@ -68,14 +69,27 @@ def read_affine(place: Place, scheme: SourceScheme, dtype: mx.Dtype) -> dict[str
     return parts
 
 
-def affine_shapes(tensor: Tensor, scheme: SourceScheme) -> dict[str, tuple[int, ...]]:
+def packed_shapes(tensor: Tensor, scheme: SourceScheme) -> dict[str, tuple[int, ...]]:
+    """Shape of each part of a matrix that stays quantised."""
     *rows, columns = tensor.shape
     groups = (*rows, columns // scheme.group)
-    return {"weight": (*rows, columns * scheme.bits // 32), "scales": groups, "biases": groups}
+    found = {"weight": (*rows, columns * scheme.bits // 32), "scales": groups}
+    return found | {"biases": groups} if scheme.mode == "affine" else found
+
+
+def packed_dtypes(scheme: SourceScheme, dtype: mx.Dtype) -> dict[str, mx.Dtype]:
+    """Type of each part."""
+    if scheme.mode != "affine":
+        return {"weight": mx.uint32, "scales": mx.uint8}
+    return {"weight": mx.uint32, "scales": dtype, "biases": dtype}
 
 
 def _check_range(values: mx.array, what: str, dtype: mx.Dtype) -> None:
     top = mx.abs(values).max().item()
+    if dtype == mx.uint8:
+        if top == 255:  # of an exponent, no number
+            raise DamagedError(f"{what} are not all numbers; fetch the file again")
+        return
     if not np.isfinite(top):
         raise DamagedError(f"{what} go up to {top}, expected finite numbers; fetch the file again")
     if top > mx.finfo(dtype).max:

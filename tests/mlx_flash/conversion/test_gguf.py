@@ -444,7 +444,6 @@ ANEW = {  # type -> bits, and the error that quantising random blocks anew may a
     "IQ3_S": (4, 0.12),
     "IQ4_NL": (5, 0.05),
     "IQ4_XS": (5, 0.05),
-    "MXFP4": (5, 0.06),
     "NVFP4": (5, 0.06),
 }
 SCALES_AT = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208], "TQ1_0": [52], "TQ2_0": [64]}
@@ -583,10 +582,33 @@ def test_other_types_are_quantised_anew(wide, kind):
     assert np.array_equal(np.array(floats.take(name)), decoded(tensors)[name])
 
 
+def test_mxfp4_is_kept_as_it_is(wide, tmp_path):
+    path, tensors = wide("MXFP4", tied=False)
+    source = GGUFCheckpoint(path, dtype="float32")
+    assert source.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    assert source.facts.requantised == {}
+    for name, expected in decoded(tensors).items():
+        parts = (source.take(name), source.take(name.replace("weight", "scales")))
+        found = mx.dequantize(*parts, group_size=32, bits=4, mode="mxfp4")
+        assert np.array_equal(np.array(found.astype(mx.float32)), expected), name
+    _, found = stock_logits(source, tmp_path / "quantised")
+    _, expected = stock_logits(GGUFCheckpoint(path, "float32", True), tmp_path / "floats")
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_mxfp4_scales_that_are_no_numbers(wide, make):
+    _, tensors = wide("MXFP4")
+    raw, kind = tensors["blk.0.ffn_up.weight"]
+    raw[3, 0] = 255
+    source = GGUFCheckpoint(make(tensors=tensors | {"blk.0.ffn_up.weight": (raw, kind)}))
+    with pytest.raises(DamagedError, match=r"the scales of blk\.0\.ffn_up\.weight are not all num"):
+        source.take("model.layers.0.mlp.up_proj.weight")
+
+
 def test_every_readable_type_has_a_form():
     for kind in Kind:
         if block_formats.is_readable(kind) and kind.name not in FLOAT_NAMES:
-            assert kind.name in (*KEPT, *ANEW)
+            assert kind.name in (*KEPT, *ANEW, "MXFP4")
             assert GGML_QUANT_SIZES[kind][0] % block_formats.GROUP == 0
 
 
