@@ -22,7 +22,7 @@ from .activations import FUNCTIONS, NAMES, with_threshold
 from .mixtures import ALIASES, MIXTURES
 
 SILU = ("silu", "swish")
-# Exact and tanh forms differ by less than 5e-4; mlx-lm picks one per family, whatever is asked for.
+# Exact and tanh forms differ by less than 5e-4; of rare families either is taken for the other.
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 RELU2 = ("relu2",)
 ZEROS = ("relu", "relu2", "fatrelu")  # 0 for every argument up to 0
@@ -113,6 +113,16 @@ def _overridable(**other: Any) -> Ffn:
     return Ffn(**{"follows_config": True, "followed": OVERRIDDEN, "built_in": "silu"} | other)
 
 
+def _gelu(up: str, down: str, activation: str, built_in: str) -> Ffn:
+    """An ungated FFN, GELU unless the config says otherwise.
+
+    Args:
+        activation: the form that transformers takes where the config says nothing.
+        built_in: mlx-lm's.
+    """
+    return _overridable(up=up, down=down, gate=None, activation=activation, built_in=built_in)
+
+
 def _own(up: str, down: str, activation: str, *keys: str) -> Ffn:
     """An ungated FFN of a decoder in ``models``, all of which do what the config says."""
     return Ffn(
@@ -169,9 +179,12 @@ FAMILIES: dict[str, Ffn] = {
     # The same; the last layers (model.kv_reuse_layers) share keys and values.
     "afm7": Ffn(),
     # The same names, other activations, or as the config says.
-    "gemma": _geglu("gelu"),
-    "gemma2": _geglu(),
-    "gemma3_text": _geglu(),
+    # transformers takes gemma's "gelu" for the tanh form, which the weights were made with.
+    "gemma": _overridable(
+        activation="gelu_approx", built_in="gelu", followed=OVERRIDDEN | {"gelu": "gelu_approx"}
+    ),
+    "gemma2": _overridable(activation="gelu_approx", built_in="gelu_approx"),
+    "gemma3_text": _overridable(activation="gelu_approx", built_in="gelu_approx"),
     "gemma4_text": _geglu(experts=("enable_moe_block", 0)),
     "spark2_5": Ffn(activation="gelu", config_activations=("gelu",)),
     "gear": _geglu(follows_config=True),
@@ -199,16 +212,14 @@ FAMILIES: dict[str, Ffn] = {
     "openelm": _fused("proj_1", module="ffn", down="proj_2"),
     # No gate.
     "apertus": _ungated("up_proj", "down_proj", "xielu", ("xielu",)),
-    "gpt2": _ungated("c_fc", "c_proj", "gelu_approx", GELU),
-    "gpt_bigcode": _ungated("c_fc", "c_proj", "gelu", GELU),
-    "gpt_neox": _ungated("dense_h_to_4h", "dense_4h_to_h", "gelu_approx", GELU),
-    "gptj": _ungated("fc_in", "fc_out", "gelu_approx", GELU),
+    "gpt2": _gelu("c_fc", "c_proj", "gelu_approx", built_in="gelu_approx"),
+    "gpt_bigcode": _gelu("c_fc", "c_proj", "gelu_approx", built_in="gelu"),
+    "gpt_neox": _gelu("dense_h_to_4h", "dense_4h_to_h", "gelu", built_in="gelu_approx"),
+    "gptj": _gelu("fc_in", "fc_out", "gelu_approx", built_in="gelu_approx"),
     "nanochat": _ungated("c_fc", "c_proj", "relu2", RELU2),
     "nemotron": _ungated("up_proj", "down_proj", "relu2", RELU2),
-    "phi": _overridable(
-        up="fc1", down="fc2", gate=None, activation="gelu_approx", built_in="gelu_approx"
-    ),
-    "starcoder2": _ungated("c_fc", "c_proj", "gelu", GELU),
+    "phi": _gelu("fc1", "fc2", "gelu_approx", built_in="gelu_approx"),
+    "starcoder2": _gelu("c_fc", "c_proj", "gelu_approx", built_in="gelu"),
     # No gate; decoders of this package.
     **dict.fromkeys(
         ("falcon", "RefinedWeb", "RefinedWebModel"),

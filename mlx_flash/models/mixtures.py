@@ -109,7 +109,11 @@ MIXTURES: dict[str, Mixture] = {
     # The best of a linear layer's products.
     **dict.fromkeys(("mellum", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"), Mixture()),
     **dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe"), Mixture()),
-    "ernie4_5_moe": Mixture(experts=("moe_num_experts",), top_k=("moe_k",)),
+    "ernie4_5_moe": Mixture(
+        router=Router("mlp.gate", "mlp.e_score_correction_bias", "softmax"),
+        experts=("moe_num_experts",),
+        top_k=("moe_k",),
+    ),
     "hunyuan": Mixture(router=Router("mlp.gate.wg"), top_k=("moe_topk",), dense=("num_experts", 1)),
     "jamba": Mixture(
         "feed_forward.switch_mlp", Router("feed_forward.router"), dense=("num_experts", 1)

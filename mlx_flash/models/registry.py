@@ -5,6 +5,8 @@ A file in ``decoders`` says for itself what it is for, so that a new one needs n
     MODEL_TYPES      the ``model_type`` of configs that it makes
     OVERRIDE_TYPES   those that it makes where the activation is not the one mlx-lm computes
     IN_TRANSFORMERS  False where transformers has no such model
+    FOLLOWS_SETTINGS True where it is mlx-lm's model with little changed, so that rotary positions
+                     and windows that mlx-lm leaves out are put in as for mlx-lm's own
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from mlx_lm import utils
 
 from . import decoders, families
 from .activation_override import override_activation
+from .group_override import has_groups, override_groups
 from .rope_override import needs_override, override_rope
 from .settings.normalise import settle
 from .settings.table import rules_of
@@ -74,15 +77,26 @@ def get_classes(config: dict[str, Any]) -> tuple[type, type]:
 def _with_overrides(config: dict[str, Any]) -> tuple[type, type]:
     """The classes of a settled config, with what mlx-lm lacks put in."""
     classes = _with_activation(config)
-    decoder = classes[0].__module__.startswith(decoders.__name__)
     text = config.get("text_config")
     text = config | text if isinstance(text, dict) else config
-    rules = None if decoder else rules_of(text)
+    rules = rules_of(text) if _follows_settings(classes[0]) else None
     if rules and rules.rope and needs_override(text, rules.rope):
         classes = override_rope(*classes, text, rules.rope)
     if rules and rules.native_window is None and (windows := windowed_layers(text, rules)):
         classes = override_windows(classes[0], *windows), classes[1]
+    if has_groups(text):
+        classes = override_groups(classes[0]), classes[1]
     return classes
+
+
+def _follows_settings(model_class: type) -> bool:
+    """Whether rotary positions and windows are to be put in where mlx-lm leaves them out."""
+    modules = {module.__name__: module for module in MODULES}
+    return all(
+        getattr(modules[base.__module__], "FOLLOWS_SETTINGS", False)
+        for base in model_class.__mro__
+        if base.__module__ in modules
+    )
 
 
 def _with_activation(config: dict[str, Any]) -> tuple[type, type]:

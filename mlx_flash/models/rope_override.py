@@ -1,19 +1,23 @@
 """Rotary positions that mlx-lm has no module for, or that its module of a family leaves out.
 
 A family whose module ignores ``rope_scaling`` is made with plain positions, which are replaced;
-yarn without truncation and LongRope with its short factors are computed for all. Source:
-``modeling_rope_utils`` of transformers 5.24.
+yarn without truncation, LongRope with its short factors and "dynamic" are computed for all. The
+last two depend on how long a text is. What has been rotated for a short one stays so in its cache,
+so a text that outgrows the limit step by step is refused. Source: ``modeling_rope_utils`` of
+transformers 5.24.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
+
+from mlx_flash.errors import ModelError
 
 from .settings import rope
 from .settings.rules import Rope
@@ -29,32 +33,19 @@ class ScaledRope(nn.Module):
         traditional: whether neighbours are rotated together, instead of halves.
         wavelengths: [dims / 2], how many tokens a radian takes.
         factor: what rotated numbers are multiplied by.
-        long: wavelengths of texts longer than ``limit`` tokens; None for the same.
     """
 
     def __init__(
-        self,
-        dims: int,
-        traditional: bool,
-        wavelengths: mx.array,
-        factor: float,
-        long: mx.array | None = None,
-        limit: int = 0,
+        self, dims: int, traditional: bool, wavelengths: mx.array, factor: float = 1.0
     ) -> None:
         super().__init__()
-        self.dims, self.traditional, self._factor, self._limit = dims, traditional, factor, limit
+        self.dims, self.traditional, self._factor = dims, traditional, factor
         self._freqs = wavelengths
-        self._long = wavelengths if long is None else long
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """``x`` [batch, heads, length, head size] rotated by positions from ``offset`` on."""
         if self._factor != 1.0:
             x = x.at[..., : self.dims].multiply(self._factor)
-        end = offset + x.shape[-2]
-        if isinstance(end, mx.array):
-            freqs = mx.where(mx.max(end) > self._limit, self._long, self._freqs)
-        else:
-            freqs = self._long if end > self._limit else self._freqs
         return mx.fast.rope(
             x,
             self.dims,
@@ -62,8 +53,45 @@ class ScaledRope(nn.Module):
             base=None,
             scale=1.0,
             offset=offset,
-            freqs=freqs,
+            freqs=self._freqs,
         )
+
+
+class TwoRopes(nn.Module):
+    """Rotary positions of short texts, and others of those that are longer than a limit.
+
+    Args:
+        short: for texts up to ``limit`` tokens.
+        long: gets the number of tokens of a longer text.
+    """
+
+    def __init__(self, short: nn.Module, long: Callable[[int], nn.Module], limit: int) -> None:
+        super().__init__()
+        self._short, self._long, self._limit = short, long, limit
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """``x`` [batch, heads, length, head size] rotated by positions from ``offset`` on.
+
+        Raises:
+            ModelError: the text outgrows the limit with its first tokens rotated already.
+        """
+        length = x.shape[-2]
+        starts = [offset] if isinstance(offset, int) else offset.reshape(-1).tolist()
+        for start in starts:
+            if 0 < start <= self._limit < start + length:
+                raise ModelError(
+                    f"a text outgrows {self._limit} tokens, from where on the positions of this "
+                    "model are scaled otherwise, the earlier ones too; keep to "
+                    f"{self._limit} tokens, or give a longer text whole, in one pass"
+                )
+        end = max(starts) + length
+        if end <= self._limit:
+            return self._short(x, offset)
+        rotated = self._long(end)(x, offset)
+        if min(starts) + length > self._limit:
+            return rotated
+        long = (offset + length > self._limit).reshape(-1, 1, 1, 1)
+        return mx.where(long, rotated, self._short(x, offset))
 
 
 def needs_override(config: Mapping[str, Any], rules: Rope) -> bool:
@@ -127,7 +155,9 @@ def replacement(plain: nn.RoPE, config: Mapping[str, Any], rules: Rope) -> nn.Mo
     scaling = config.get("rope_scaling")
     kind = rope.kind_of(config, scaling) if scaling else "default"
     if kind == "longrope":
-        return _longrope(dims, plain, config, scaling)
+        return _longrope(dims, plain, config, scaling, rules)
+    if kind == "dynamic":
+        return _dynamic(dims, plain, config, scaling)
     if kind == "yarn":
         wavelengths = yarn_wavelengths(dims, plain.base, scaling)
         factor = rope.attention_factor(config, scaling, kind)
@@ -138,16 +168,37 @@ def replacement(plain: nn.RoPE, config: Mapping[str, Any], rules: Rope) -> nn.Mo
 
 
 def _longrope(
-    dims: int, plain: nn.RoPE, config: Mapping[str, Any], scaling: Mapping[str, Any]
+    dims: int,
+    plain: nn.RoPE,
+    config: Mapping[str, Any],
+    scaling: Mapping[str, Any],
+    rules: Rope,
 ) -> nn.Module:
     plain_lengths = plain.base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    usual = rope.attention_factor(config, scaling, "longrope")
     short, long = (
-        mx.array(scaling[key], dtype=mx.float32) * plain_lengths
-        for key in ("short_factor", "long_factor")
+        ScaledRope(
+            dims,
+            plain.traditional,
+            mx.array(scaling[f"{length}_factor"], dtype=mx.float32) * plain_lengths,
+            (scaling.get(f"{length}_mscale") if rules.mscales else None) or usual,
+        )
+        for length in ("short", "long")
     )
-    factor = rope.attention_factor(config, scaling, "longrope")
-    limit = scaling["original_max_position_embeddings"]
-    return ScaledRope(dims, plain.traditional, short, factor, long, limit)
+    return TwoRopes(short, lambda _length: long, scaling["original_max_position_embeddings"])
+
+
+def _dynamic(
+    dims: int, plain: nn.RoPE, config: Mapping[str, Any], scaling: Mapping[str, Any]
+) -> nn.Module:
+    limit, factor = config["max_position_embeddings"], scaling["factor"]
+
+    def long(length: int) -> nn.Module:
+        grown = factor * length / limit - (factor - 1)
+        base = plain.base * grown ** (dims / (dims - 2))
+        return nn.RoPE(dims, traditional=plain.traditional, base=base)
+
+    return TwoRopes(plain, long, limit)
 
 
 def yarn_wavelengths(dims: int, base: float, scaling: Mapping[str, Any]) -> mx.array:

@@ -1,7 +1,7 @@
 """Windows of attention in families whose layers mlx-lm all gives the whole text.
 
-mlx-lm makes one mask for all layers. A layer with a window makes its own here, from its own cache,
-which keeps the last tokens only.
+mlx-lm makes one mask for all layers, from the first one's cache. Every layer makes its own here, of
+its own cache, which under a window keeps the last tokens only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def override_windows(model_class: type, window: int, layers: list[bool]) -> type
         def __init__(self, args: Any) -> None:
             super().__init__(args)
             for layer, windowed in zip(self.layers, layers, strict=True):
-                if windowed:
-                    layer.__class__ = _windowed(type(layer), window)
+                layer.__class__ = _masked(type(layer), window if windowed else None)
 
         def make_cache(self) -> list[Any]:
             return [
@@ -38,15 +37,15 @@ def override_windows(model_class: type, window: int, layers: list[bool]) -> type
 
 
 @functools.cache
-def _windowed(layer_class: type, window: int) -> type:
-    """A decoder layer that looks back a window, whatever mask it is given."""
+def _masked(layer_class: type, window: int | None) -> type:
+    """A decoder layer that looks back a window, or at everything, whatever mask it is given."""
 
-    class Windowed(layer_class):
+    class Masked(layer_class):
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, *rest: Any) -> Any:
             array = isinstance(mask, mx.array)
             own = create_attention_mask(x, cache, window_size=window, return_array=array)
             return super().__call__(x, own, cache, *rest)
 
-    Windowed.__name__ = Windowed.__qualname__ = layer_class.__name__
-    Windowed.__module__ = layer_class.__module__
-    return Windowed
+    Masked.__name__ = Masked.__qualname__ = layer_class.__name__
+    Masked.__module__ = layer_class.__module__
+    return Masked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,9 +35,19 @@ def _for_some_layer(config: Mapping[str, Any], value: Any) -> bool:
     return not isinstance(kinds, list) or "sliding_attention" in kinds
 
 
+def _reaches_all(config: Mapping[str, Any], value: Any) -> bool:
+    """Whether a window is as long as the model's longest text."""
+    return value >= (config.get("max_position_embeddings") or math.inf)
+
+
 def _heads(config: Mapping[str, Any]) -> int | None:
     heads = config.get("num_attention_heads")
     return config["hidden_size"] // heads if heads and config.get("hidden_size") else None
+
+
+def _inner_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """GPT's width of the FFN, which may be null."""
+    return {"n_inner": config.get("n_inner") or 4 * (config.get("n_embd") or 0)}
 
 
 _LLAMA = Rules(absent=IS_UNTIED)
@@ -113,9 +124,12 @@ DENSE: dict[str, Rules] = {
                 "high_freq_factor": 4.0,
             },
         },
+        only=NO_BIAS,
     ),
     "cohere": Rules(Rope(kinds=PLAIN, default_theta=500000.0), only=TIED),
-    "cohere2": Rules(_PLAIN, window="fourth", native_window="pattern", only=TIED),
+    "cohere2": Rules(
+        _PLAIN, window="fourth", native_window="pattern", only=TIED | {"head_dim": _head_dim}
+    ),
     "ernie4_5": Rules(
         Rope(kinds=PLAIN, default_theta=500000.0), absent={"tie_word_embeddings": True}
     ),
@@ -161,13 +175,16 @@ DENSE: dict[str, Rules] = {
         only={
             "n_inner": _four_times("n_embd"),
             "scale_attn_weights": TRUE,
-            "scale_attn_by_inverse_layer_idx": FALSE,
             "add_cross_attention": FALSE,
             "tie_word_embeddings": TRUE,
         },
         harmless={"reorder_and_upcast_attn": "the same sums in float32"},
     ),
-    "gpt_bigcode": Rules(None, only={"scale_attn_weights": TRUE, "add_cross_attention": FALSE}),
+    "gpt_bigcode": Rules(
+        None,
+        translate=_inner_width,
+        only={"multi_query": TRUE, "scale_attn_weights": TRUE, "add_cross_attention": FALSE},
+    ),
     "gpt_neox": Rules(
         Rope(
             theta="rotary_emb_base",
@@ -183,8 +200,8 @@ DENSE: dict[str, Rules] = {
     "granitemoehybrid": Rules(
         _PLAIN, absent=IS_UNTIED, translate=granite_names, only={"mamba_n_groups": (1,)}
     ),
-    "helium": Rules(Rope(kinds=PLAIN, default_theta=100000.0)),
-    "hunyuan_v1_dense": Rules(Rope(reads_new=False, kinds=PLAIN | {"dynamic"}, replaceable=False)),
+    "helium": Rules(Rope(kinds=PLAIN, default_theta=100000.0), only=UNTIED),
+    "hunyuan_v1_dense": Rules(Rope(spelling="type", kinds=PLAIN | {"dynamic"}, replaceable=False)),
     "internlm3": Rules(
         Rope(kinds=PLAIN, spelling="rope_type"),
         names={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
@@ -202,7 +219,9 @@ DENSE: dict[str, Rules] = {
         only=NO_BIAS,
     ),
     "minicpm3": Rules(Rope(kinds=PLAIN | {"longrope"}, replaceable=False)),
-    "ministral3": Rules(Rope(reads_new=True, replaceable=False)),
+    "ministral3": Rules(
+        Rope(reads_new=True, replaceable=False), only={"sliding_window": _reaches_all}
+    ),
     "muse_glimmer": Rules(Rope(reads_new=True), window="typed", native_window="layer_types"),
     "nanochat": Rules(
         Rope(kinds=PLAIN, replaceable=False),

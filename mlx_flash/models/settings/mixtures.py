@@ -18,14 +18,23 @@ MIXTURES: dict[str, Rules] = {
         | {"n_group": (1,), "topk_group": (1,), "route_norm": TRUE, "score_func": ("sigmoid",)},
     ),
     "deepseek_v2": Rules(
-        Rope(kinds=frozenset({"yarn"}), replaceable=False, scales_attention=True),
+        Rope(
+            kinds=frozenset({"yarn"}),
+            replaceable=False,
+            scales_attention=True,
+            # mlx-lm's module knows yarn only; with a factor of 1 it scales nothing.
+            plain={"type": "yarn", "factor": 1.0},
+        ),
         only=SILU | UNTIED | {"mlp_bias": FALSE},
         harmless={"norm_topk_prob": "transformers ignores it"},
     ),
     "deepseek_v3": Rules(_LATENT, only=SILU | UNTIED | {"rope_interleave": TRUE}),
     "deepseek_v32": Rules(_LATENT, only=SILU | UNTIED),
-    "dots1": Rules(window="after", only=SILU),
-    "ernie4_5_moe": Rules(Rope(kinds=PLAIN, default_theta=500000.0), only=SILU),
+    "dots1": Rules(window="after", only=SILU | NO_BIAS),
+    "ernie4_5_moe": Rules(
+        Rope(kinds=PLAIN, default_theta=500000.0),
+        only=SILU | {"use_bias": FALSE, "moe_norm_min": (1e-12,)},
+    ),
     "bailing_hybrid": Rules(None, unread=("linear_num_heads", "kda_lower_bound")),
     "exaone_moe": Rules(
         window="typed",
@@ -35,7 +44,7 @@ MIXTURES: dict[str, Rules] = {
     "glm4_moe": Rules(
         Rope(share="partial_rotary_factor", uses_share=True, default_share=0.5, kinds=PLAIN),
         absent={"rope_scaling": None, "head_dim": _heads},
-        only=SILU,
+        only=SILU | UNTIED,
     ),
     "glm4_moe_lite": Rules(_LATENT, only=SILU | {"rope_interleave": TRUE}),
     "step3p5": Rules(None, unread=("n_routed_experts", "rope_parameters")),
@@ -44,7 +53,7 @@ MIXTURES: dict[str, Rules] = {
         Rope(default_theta=150000.0, kinds=SCALED),
         window="alternating",
         native_window="layer_types",
-        only=UNTIED | {"attention_bias": TRUE},
+        only=UNTIED | {"attention_bias": TRUE, "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
     ),
     "granitemoe": Rules(absent=IS_UNTIED, only=SILU),
     "kimi_linear": Rules(Rope(reads_new=True, replaceable=False), only=SILU),
@@ -79,7 +88,7 @@ MIXTURES: dict[str, Rules] = {
     "nemotron_h": Rules(None),
     "olmoe": Rules(absent=IS_UNTIED, only=SILU | {"clip_qkv": (None,)}),
     "phimoe": Rules(
-        Rope(kinds=PLAIN | {"longrope"}, default_theta=1000000.0, replaceable=False),
+        Rope(kinds=PLAIN, default_theta=1000000.0, mscales=True),
         window="every",
         only=SILU
         | UNTIED

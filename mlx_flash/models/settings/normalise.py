@@ -67,6 +67,8 @@ def _named(config: dict[str, Any], rules: Rules) -> dict[str, Any]:
         if config.get(key) is None and config.get(theirs) is not None
     }
     for key, value in rules.absent.items():
+        if key == "rope_scaling" and config.get("rope_parameters"):
+            continue
         if key not in config and key not in more:
             more[key] = value(config | more) if callable(value) else value
     named = config | more if more else config

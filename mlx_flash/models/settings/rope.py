@@ -73,7 +73,9 @@ def settle(config: dict[str, Any], rope: Rope) -> dict[str, Any]:
         scaling = _scaling(changed, kind, settings, rope)
         if scaling != old:
             changed["rope_scaling"] = scaling
-    elif new or (old and rope.spelling):
+    elif rope.plain and old != rope.plain:
+        changed["rope_scaling"] = dict(rope.plain)
+    elif not rope.plain and (new or (old and rope.spelling)):
         changed["rope_scaling"] = None
     return config if changed == config else changed
 

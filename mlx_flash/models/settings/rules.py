@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Kinds of rotary positions that mlx-lm's ``initialize_rope`` makes, and those that every module
-# makes. LongRope is not among them: mlx-lm leaves out its short factors.
+# makes. LongRope is not among them: mlx-lm leaves out its short factors; nor is "dynamic", whose
+# keys of a text that outgrows its limit are not those of the same text in one pass.
 PLAIN = frozenset({"default"})
 LINEAR = PLAIN | {"linear"}
 SCALED = LINEAR | {"llama3", "yarn"}
-ANY = SCALED | {"dynamic", "proportional"}
+ANY = SCALED | {"proportional"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Rope:
             own scale hangs on ``rope_scaling``.
         scales_attention: whether ``mscale_all_dim`` scales the attention, too.
         reads_new: whether the module reads ``rope_parameters``, which then stays.
+        mscales: whether LongRope's ``short_mscale`` and ``long_mscale`` mean anything.
+        plain: what ``rope_scaling`` has to say where nothing is scaled; None for nothing.
     """
 
     theta: str | None = "rope_theta"
@@ -49,6 +52,8 @@ class Rope:
     replaceable: bool = True
     scales_attention: bool = False
     reads_new: bool = False
+    mscales: bool = False
+    plain: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
