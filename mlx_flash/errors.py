@@ -44,6 +44,10 @@ class CacheError(FlashError, ValueError):
     """A request that a row cache cannot serve, such as more rows at once than slots."""
 
 
+class ClosedError(FlashError, ValueError):
+    """Use of a model, or of its reader, after it was closed, or in a process forked since."""
+
+
 class PredictorError(FlashError, ValueError):
     """A predictor that is missing, damaged, or made for another model."""
 

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_flash.common import json_reader
 from mlx_flash.common.files import atomic_write, sha256_of_json
+from mlx_flash.common.json_reader import entry, items, number, read_json, show, truth
 from mlx_flash.errors import DamagedError, PredictorError
 
 from .directory import ModelDirectory
@@ -69,19 +71,27 @@ def read(path: Path, fingerprint: str, rows: Sequence[int]) -> ExpertDemand | No
     if not path.exists():
         return None
     fields = _fields(path)
-    if fields["rows_fingerprint"] != fingerprint:
+    if (rows_of := fields.get("rows_fingerprint")) != fingerprint:
         raise PredictorError(
             f"{path} was measured on another model or another conversion of it (rows "
-            f"{str(fields['rows_fingerprint'])[:12]}, this model's are {fingerprint[:12]}); "
+            f"{str(rows_of)[:12]}, this model's are {fingerprint[:12]}); "
             "calibrate again, or remove it for equal shares"
         )
-    curves = tuple(tuple(curve) for curve in fields["misses"])
+    try:
+        curves = tuple(
+            tuple(number(n, "a number of misses") for n in items(curve, "a layer's misses"))
+            for curve in items(entry(fields, "misses"), "misses")
+        )
+        used = truth(entry(fields, "used"), "used")
+        measured = json_reader.fields(entry(fields, "measured"), "measured")
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged: {error}; calibrate again") from error
     if [len(curve) for curve in curves] != [n + 1 for n in rows]:
         raise PredictorError(
             f"{path} has figures for {[len(c) - 1 for c in curves]} experts of the layers, the "
             f"model has {list(rows)}; calibrate again"
         )
-    return ExpertDemand(fingerprint, bool(fields["used"]), curves, fields["measured"])
+    return ExpertDemand(fingerprint, used, curves, measured)
 
 
 def curves_of(directory: ModelDirectory) -> tuple[tuple[float, ...], ...] | None:
@@ -105,10 +115,11 @@ def verify(path: Path) -> None:
 
 def _fields(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        found = fields.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedError(f"{path} is damaged: {error!r}; calibrate again") from error
+        fields = json_reader.fields(read_json(path, finite=True), "it")
+        found = entry(fields, "sha256")
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} is damaged: {error}; calibrate again") from error
+    del fields["sha256"]
     if fields.get("format") != FORMAT:
         raise PredictorError(f"{path} was not written by mlx_flash; move it, or calibrate again")
     if fields.get("format_version") != FORMAT_VERSION:
@@ -117,5 +128,5 @@ def _fields(path: Path) -> dict[str, Any]:
             f"reads {FORMAT_VERSION}; update mlx_flash or calibrate again"
         )
     if sha256_of_json(fields) != found:
-        raise DamagedError(f"{path} is damaged: its hash is not {found}; calibrate again")
+        raise DamagedError(f"{path} is damaged: its hash is not {show(found)}; calibrate again")
     return fields

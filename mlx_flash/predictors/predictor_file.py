@@ -20,9 +20,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.common.files import replacing
+from mlx_flash.common.json_reader import entry, fields, items, number, parse_json, show, text
 from mlx_flash.errors import DamagedError, PredictorError
 from mlx_flash.models.dtypes import BIT_VIEWS
 from mlx_flash.models.families import Ffn
+from mlx_flash.storage.safetensors_header import check_file
 
 from . import registry
 from .predictor import Everything, Predictor, Projection
@@ -145,28 +147,24 @@ def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Pre
     """
     if not path.is_file():
         raise PredictorError(f"there is no {path}; make it with mlx_flash calibrate")
-    try:
-        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise DamagedError(f"{path} is not a safetensors file: {error}; calibrate again") from error
+    tensors, metadata = _load(path)
     if metadata.get("format") != FORMAT:
         raise PredictorError(f"{path} does not hold predictors of mlx_flash; calibrate again")
     if metadata.get("format_version") != str(FORMAT_VERSION):
         raise PredictorError(
-            f"{path} has format version {metadata.get('format_version')}, this version of "
+            f"{path} has format version {show(metadata.get('format_version'))}, this version of "
             f"mlx_flash reads {FORMAT_VERSION}; update mlx_flash or calibrate again"
         )
     try:
-        settings = json.loads(metadata["layers"])
-        layers = [LayerPredictor(**entry) for entry in settings]
-        found = Predictors(
-            metadata["kind"],
-            metadata["rows_fingerprint"],
-            layers,
-            json.loads(metadata["measured"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"the metadata of {path} cannot be read; calibrate again") from error
+        settings = items(parse_json(entry(metadata, "layers", "it")), "layers")
+        layers = [_layer(fields(one, f"layer {i}")) for i, one in enumerate(settings)]
+        measured = fields(parse_json(entry(metadata, "measured", "it")), "measured")
+        kind, rows_of = (entry(metadata, name) for name in ("kind", "rows_fingerprint"))
+        found = Predictors(kind, rows_of, layers, measured)
+    except ValueError as error:
+        raise DamagedError(
+            f"the metadata of {path} cannot be read: {error}; calibrate again"
+        ) from error
     if found.rows_fingerprint != fingerprint:
         raise PredictorError(
             f"{path} was fitted to another model or another conversion of it (rows "
@@ -192,10 +190,33 @@ def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Pre
     return found
 
 
+def _load(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """A file's tensors, not read yet, and its metadata; DamagedError where it is damaged."""
+    try:
+        check_file(path)
+        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DamagedError(f"{path} is not a safetensors file: {error}; calibrate again") from error
+    return tensors, metadata
+
+
+def _layer(said: dict[str, Any]) -> LayerPredictor:
+    """One layer's settings; ValueError where they are not what ``write`` gives."""
+    if strange := said.keys() - set(SETTINGS):
+        raise ValueError(f"settings of a layer that are not known: {', '.join(sorted(strange))}")
+    demand = fields(said.get("demand", {}), "demand")
+    return LayerPredictor(
+        text(said.get("kind"), "kind"),
+        number(said.get("threshold", 0.5), "threshold"),
+        text(said.get("nonlinearity", "none"), "nonlinearity"),
+        demand={n: number(rows, "demand") for n, rows in demand.items()},
+    )
+
+
 def verify(path: Path) -> None:
     """Hash a file's tensors again; raises DamagedError where they are not what was written."""
+    tensors, metadata = _load(path)
     try:
-        tensors, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         tensors.pop("none", None)
         found = _sha256(tensors)
     except (RuntimeError, ValueError) as error:
@@ -225,6 +246,8 @@ def _check(where: str, kind: str, layer: LayerPredictor, sizes: dict[str, int]) 
         raise DamagedError(f"{where}: no {', '.join(missing)}; calibrate again")
     for name, tensor in layer.tensors.items():
         words = training.tensors[name]
+        if not mx.issubdtype(tensor.dtype, mx.floating):
+            raise PredictorError(f"{where}: {name} is no tensor of floats; calibrate again")
         for word, size in zip(words, tensor.shape, strict=False):
             if word not in DIMENSIONS:
                 sizes.setdefault(word, size)

@@ -89,6 +89,7 @@ class OpenedFile:
     def __init__(self, path: Path, grain: int, direct: bool = True) -> None:
         self.path, self.grain = path, grain
         self.fd = self._plain_fd = os.open(path, os.O_RDONLY)
+        self._written = self._stamp()
         self.direct = False
         if direct:
             try:
@@ -135,6 +136,22 @@ class OpenedFile:
                     f"{self.path} ended at byte {at} inside {place(at)}; it was cut while in use"
                 )
             done += got
+
+    def check_unchanged(self) -> None:
+        """Raise DamagedError where the file was written to since it was opened.
+
+        Its size and time are those of the file that is open: another one that was given its name,
+        as every writer of this package does it, is not looked at and does no harm.
+        """
+        if self._stamp() != self._written:
+            raise DamagedError(
+                f"{self.path} was written to while it was in use, so its rows are not those of the "
+                "model any more; load the model again, after mlx_flash verify"
+            )
+
+    def _stamp(self) -> tuple[int, int]:
+        found = os.fstat(self._plain_fd)
+        return found.st_size, found.st_mtime_ns
 
     def close(self) -> None:
         """Close it; no read may be under way."""

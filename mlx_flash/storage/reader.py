@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 
 from mlx_flash.common.sizes import round_up
-from mlx_flash.errors import ReadError
+from mlx_flash.errors import ClosedError, ReadError
 
 from . import huge_pages
 from .direct_io import OpenedFile
@@ -93,6 +94,7 @@ class RowReader:
         self._joins = gap_bytes is not None
         self.threads = threads
         self._open = True
+        self._process = os.getpid()
         layouts = file.layouts
         # Every offset, length and address that is read with is a multiple of this.
         extents = [n for layout in layouts if layout.scatters for n in layout.extents]
@@ -210,6 +212,8 @@ class RowReader:
             behind: begin requests only while none is under way that was not asked for like this:
                 a read that may turn out to be of no use does not hold up those that are needed.
         """
+        if os.getpid() != self._process:
+            self.check_usable()
         extent = self.file.layers[layer]
         if read.layout != extent.layout:
             raise ValueError(f"the read was prepared for rows of another layout than layer {layer}")
@@ -299,9 +303,27 @@ class RowReader:
             self._lock.wait_for(lambda: not self._under_way)
         self._opened.close()
 
+    def check_usable(self) -> None:
+        """Raise unless rows can be read as they were when the file was opened.
+
+        Raises:
+            ClosedError: the reader is closed, or its threads are those of another process.
+            DamagedError: the file was written to since; one that took its name does no harm.
+        """
+        self._check_open()
+        if os.getpid() != self._process:
+            raise ClosedError(
+                f"{self.file.path} was opened by process {self._process} and this one, "
+                f"{os.getpid()}, was forked since, without its threads; load the model in the "
+                "process that uses it (multiprocessing: start method spawn)"
+            )
+        self._opened.check_unchanged()
+
     def _check_open(self) -> None:
         if not self._open:
-            raise ValueError(f"the reader of {self.file.path} is closed") from None
+            raise ClosedError(
+                f"the reader of {self.file.path} is closed; load the model again"
+            ) from None
 
     def _run_behind(self, *args: Any) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.common.files import hash_file_range
+from mlx_flash.common.json_reader import items, parse_json, text
 from mlx_flash.errors import DamagedError, ReadError, RowFileError
 
 from .row_layout import ITEMSIZE, PAGE, RowLayout
@@ -130,12 +131,12 @@ class RowFile:
         try:
             self.unit = meta["unit"]
             _check(self.unit in UNITS, f"rows are of unit {self.unit!r}")
-            distinct = [RowLayout.from_json(x) for x in checked(list, parse_json(meta["layouts"]))]
-            which = [checked(int, x) for x in checked(list, parse_json(meta["layout_of"]))]
+            distinct = [RowLayout.from_json(x) for x in listed(meta, "layouts")]
+            which = [checked(int, x) for x in listed(meta, "layout_of")]
             _check(min(which, default=-1) >= 0, f"layouts of layers: {which!r:.80}")
             layouts = [distinct[i] for i in which]
             self.source = checked(str, meta["source"])
-            self.hashes = [checked(str, x) for x in checked(list, parse_json(meta["sha256"]))]
+            self.hashes = [checked(str, x) for x in listed(meta, "sha256")]
             self.layers = _layers(header, data_start, layouts)
             sound = [x for x in self.hashes if re.fullmatch("[0-9a-f]{64}", x)]
             _check(len(sound) == len(self.hashes) == len(self.layers), "not one hash a layer")
@@ -206,12 +207,10 @@ def read_row_header(path: Path) -> tuple[dict[str, Any], int]:
         ) from error
 
 
-def parse_json(text: str | bytes) -> Any:
-    """JSON; ValueError for anything else."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
+def listed(metadata: dict[str, Any], key: str) -> list[Any]:
+    """A list that a header's metadata hold as text; ValueError or LookupError without one."""
+    found = text(metadata[key], key)
+    return items(parse_json(found, unique=True, finite=True), key)
 
 
 def _check(holds: bool, message: str) -> None:

@@ -15,10 +15,9 @@ from mlx_flash.errors import RowFileError
 from .row_file import (
     PENDING,
     UNITS,
-    checked,
     each,
     fingerprint_of,
-    parse_json,
+    listed,
     read_row_header,
     row_header,
 )
@@ -117,7 +116,7 @@ class RowFileWriter:
         """Take over the sound layers of an unfinished file; False where it has another source."""
         try:
             header, _ = read_row_header(self.path)
-            hashes = checked(list, parse_json(header["__metadata__"]["sha256"]))
+            hashes = listed(header["__metadata__"], "sha256")
         except (RowFileError, LookupError, TypeError, ValueError):
             return False
         expected = row_header(self.layouts, self.rows, self.source, hashes, self.unit)
