@@ -25,8 +25,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.model_directory.config import locate_ffn, read_config
+from mlx_flash.model_directory.links import check_link
 from mlx_flash.model_directory.writing import CALIBRATION
 from mlx_flash.models.dtypes import FLOATS
+from mlx_flash.models.plausible import check_sizes
 from mlx_flash.models.quantized_rows import scheme_from
 from mlx_flash.models.registry import make_model
 from mlx_flash.models.settings.normalise import settle
@@ -80,7 +82,9 @@ class HFCheckpoint:
         with _naming(path):
             quantisation = found_in(self.config)
         _check_request(path, quantisation, requested, adapter)
-        files, self.fingerprint = find_files(path)
+        files, self.fingerprint, tensors = find_files(path)
+        with _naming(path):
+            check_sizes(self.config, (entry["shape"] for entry in tensors.values()))
         if adapter:
             self.fingerprint += adapter.sha256[:16]
         model, spare = _with_its_head(path, self.config, files)
@@ -129,11 +133,16 @@ class HFCheckpoint:
         return cast
 
     def write_tokenizer(self, out: Path) -> None:
-        """Copy tokenizer files, licence and card."""
+        """Copy tokenizer files, licence and card; no link is followed out of the checkpoint."""
+        for file in self._side_files():
+            shutil.copyfile(file, out / file.name)
+
+    def _side_files(self) -> Iterator[Path]:
         for pattern in SIDE_FILES:
             for file in sorted(self.path.glob(pattern)):
                 if file.is_file() and not any(file.match(p) for p in NOT_SIDE_FILES):
-                    shutil.copyfile(file, out / file.name)
+                    check_link(file, self.path)
+                    yield file
 
     def _set_quantisation(self, quantisation: dict[str, Any] | None) -> None:
         """Put mlx-lm's dict, and nothing else about quantisation, into the config."""

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
+from mlx_flash.common.json_reader import entry, fields, plain_name, read_json
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.storage.safetensors_header import data_end, read_entries
 
 
-def find_files(path: Path) -> tuple[list[Path], str]:
-    """A checkpoint's weight files, and a fingerprint of them and of config.json.
+def find_files(path: Path) -> tuple[list[Path], str, dict[str, Any]]:
+    """A checkpoint's weight files, a fingerprint of them and of config.json, and its tensors.
+
+    The tensors are by name: dtype and shape as the headers have them.
 
     Raises:
         ModelError: there are none, some are missing, or one cannot be opened.
-        DamagedError: one is shorter than its header says.
+        DamagedError: one is not as long as its header says, breaks another rule of the format, or
+            two of them have the same tensor.
     """
     try:
         files = _weight_files(path)
+        tensors: dict[str, Any] = {}
         for file in files:
-            _check_complete(file)
-        return files, _fingerprint(path, files)
+            entries = _entries(file)
+            if twice := sorted(entries.keys() & tensors.keys()):
+                raise DamagedError(
+                    f"tensor {twice[0]!r:.80} is in {file} and in another weight file, too; "
+                    "expected each tensor once: move away the file that is left over"
+                )
+            tensors |= entries
+        return files, _fingerprint(path, files), tensors
     except OSError as error:
         raise ModelError(f"{error.filename} cannot be read: {error.strerror}") from error
 
@@ -30,13 +41,15 @@ def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = [path / name for name in sorted(set(names))]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{index} is not a safetensors index: {error!r}") from error
+            content = fields(read_json(index), "it")
+            where = fields(entry(content, "weight_map"), "weight_map")
+            names = {plain_name(name, f"the shard of {key!r:.80}") for key, name in where.items()}
+        except ValueError as error:
+            raise ModelError(f"{index} is not a safetensors index: {error}") from error
+        files = [path / name for name in sorted(names)]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ModelError(
-                f"{path} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}; "
+                f"{path} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:20])}; "
                 "download them again"
             )
     else:
@@ -49,18 +62,23 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _check_complete(file: Path) -> None:
+def _entries(file: Path) -> dict[str, Any]:
+    """A file's tensors by name; DamagedError unless it keeps the rules of its format."""
+    if not file.is_file():
+        raise ModelError(f"{file} is no plain file; expected a safetensors file")
     found = file.stat().st_size
     try:
-        expected = data_end(*read_entries(file))
+        entries, start = read_entries(file)
     except ValueError as error:
         raise DamagedError(
             f"{file} is truncated or not a safetensors file: {error}; download it again"
         ) from error
-    if expected > found:
+    if (expected := data_end(entries, start)) != found:
+        wrong = "truncated" if expected > found else "longer than its tensors"
         raise DamagedError(
-            f"{file} is truncated: {found} bytes found, {expected} expected; download it again"
+            f"{file} is {wrong}: {found} bytes found, {expected} expected; download it again"
         )
+    return entries
 
 
 def _fingerprint(path: Path, files: list[Path]) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 from mlx_lm import utils
 
 from mlx_flash.common.files import atomic_write, sha256_of_json
+from mlx_flash.common.json_reader import read_json
 from mlx_flash.errors import FlashError, ModelError
 from mlx_flash.models import families, mixtures
 from mlx_flash.models.families import Ffn
 from mlx_flash.models.mixtures import Mixture
+from mlx_flash.models.plausible import check_counts
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -23,6 +25,7 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
 
 FORMAT_VERSION = 2
 ROW_FILE = "ffn_rows.safetensors"
+MAX_CONFIG = 16 << 20  # bytes of config.json; quantisations that name every module have 1 MB
 # How transformers writes floats that JSON has no word for: {"__float__": "Infinity"}.
 TAGGED_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
@@ -35,15 +38,19 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ModelError(f"no such model directory: {path}")
         if not file.is_file():
             raise ModelError(f"{path} has no config.json; expected a Hugging Face model directory")
-        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_untagged)
+        config = read_json(file, MAX_CONFIG, object_hook=_untagged)
     except ModelError:
         raise
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds {type(config).__name__}, expected a JSON object")
+    try:
+        check_counts(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     return config
 
 

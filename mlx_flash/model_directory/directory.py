@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.common.files import sha256_of
+from mlx_flash.common.json_reader import entry as said
+from mlx_flash.common.json_reader import fields, items, plain_name, show, text, whole
 from mlx_flash.errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import Ffn
+from mlx_flash.models.plausible import check_sizes
 from mlx_flash.models.positions import positions_of
 from mlx_flash.models.quantized_rows import QuantScheme, scheme_from
 from mlx_flash.storage.row_file import RowFile
+from mlx_flash.storage.safetensors_header import header
 
 from .config import FORMAT_VERSION, config_sha256, locate_ffn, read_config
+from .links import check_link
 
 
 class ModelDirectory:
@@ -42,26 +47,24 @@ class ModelDirectory:
             )
         if flash.get("format_version") != FORMAT_VERSION:
             raise ModelError(
-                f"{self.path} has format version {flash.get('format_version')!r}, this version of "
-                f"mlx_flash reads {FORMAT_VERSION}; update mlx_flash or convert the model again"
+                f"{self.path} has format version {show(flash.get('format_version'))}, this version "
+                f"of mlx_flash reads {FORMAT_VERSION}; update mlx_flash or convert the model again"
             )
         self._ffn, self.mixture = locate_ffn(self.config, self.path)
         try:
-            self.files: dict[str, dict[str, Any]] = {
-                str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-                for name, entry in flash["files"].items()
-            }
-            row_file = self.path / flash["row_file"]
-            fingerprint, layouts = flash["rows_fingerprint"], flash["layouts"]
-            self.unit = str(flash["unit"])
-            self.dtype = DTYPES[flash["dtype"]]
-            quantisation = flash["quantization"]
+            self.files = _listed_files(flash)
+            row_file = self.path / plain_name(said(flash, "row_file"), "row_file")
+            fingerprint = text(said(flash, "rows_fingerprint"), "rows_fingerprint")
+            layouts = items(said(flash, "layouts"), "layouts")
+            self.unit = text(said(flash, "unit"), "unit")
+            self.dtype = DTYPES[text(said(flash, "dtype"), "dtype")]
+            quantisation = said(flash, "quantization")
             self.scheme: QuantScheme | None = scheme_from(quantisation) if quantisation else None
-            self._config_sha256: str = flash["config_sha256"]
+            self._config_sha256 = text(said(flash, "config_sha256"), "config_sha256")
         except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
             raise ModelError(
                 f"the flash object in {self.path / 'config.json'} lacks a key, or one has another "
-                f"type than expected ({error!r}); convert the model again"
+                f"type than expected ({error}); convert the model again"
             ) from error
         self.rows = self._open_rows(row_file, fingerprint, layouts)
         for name, entry in self.files.items():
@@ -71,6 +74,7 @@ class ModelDirectory:
                 f"{self.path} holds weights that were not written by its conversion and would be "
                 f"loaded with it: {', '.join(strange)}; move them away"
             )
+        self._check_sizes()
 
     @property
     def ffn(self) -> Ffn:
@@ -166,6 +170,16 @@ class ModelDirectory:
             )
         return rows
 
+    def _check_sizes(self) -> None:
+        """Hold the config's sizes against what the files hold: a model is made of it next."""
+        shapes = [entry["shape"] for shard in self.shards for entry in header(shard)[0].values()]
+        for layer in self.rows.layers:
+            shapes += [(layer.rows, *part.shape) for part in layer.layout.parts]
+        try:
+            check_sizes(self.config, shapes)
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {error}; or convert the model again") from error
+
     def _check_there(self, file: Path) -> None:
         if not file.is_file():
             raise DamagedError(f"{file} is missing; copy it again or convert the model again")
@@ -173,8 +187,21 @@ class ModelDirectory:
     def _check_size(self, name: str, expected: int) -> None:
         file = self.path / name
         self._check_there(file)
+        check_link(file, self.path)
         if (found := file.stat().st_size) != expected:
             raise DamagedError(
                 f"{file} has {found} bytes, expected {expected}; "
                 "copy it again or convert the model again"
             )
+
+
+def _listed_files(flash: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each file that a config lists; ValueError where it lists others."""
+    found = {}
+    for name, entry in fields(said(flash, "files"), "files").items():
+        entry = fields(entry, f"the entry of {show(name)}")
+        found[plain_name(name, "a name in files")] = {
+            "bytes": whole(said(entry, "bytes", name), f"bytes of {name}"),
+            "sha256": text(said(entry, "sha256", name), f"sha256 of {name}"),
+        }
+    return found

@@ -19,13 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 from mlx_lm.models.cache import KVCache
-from transformers import PreTrainedConfig
 
 from mlx_flash.common.platform import current_platform
 from mlx_flash.common.sizes import parse_ram
 from mlx_flash.errors import PredictorError
+from mlx_flash.model_directory import tokenizer
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.models.registry import get_classes, in_transformers
+from mlx_flash.models.registry import get_classes
 from mlx_flash.paging.policies import DEFAULT_POLICY
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
@@ -38,6 +38,7 @@ from .memory_requirements import memory_requirements
 from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
 from .pagers import back_end
+from .temporary_files import check_temporary
 
 
 def load(
@@ -104,25 +105,21 @@ def load(
         kv=kv,
     )
     directory = ModelDirectory(path)
-    tokenizer = load_tokenizer(directory)
-    return load_model(directory, options), tokenizer
+    found = load_tokenizer(directory)
+    return load_model(directory, options), found
 
 
 def load_tokenizer(directory: ModelDirectory) -> Any:
     """mlx-lm's tokenizer of a model directory."""
-    with foreign_errors(directory, "its tokenizer files or config.json"):
-        config = utils.load_config(directory.path)
-        # Where it does not know the model, transformers takes this, too, but warns of it.
-        own = not in_transformers(config.get("model_type"))
-        extra = {"config": PreTrainedConfig()} if own else None
-        eos = config.get("eos_token_id")
-        return utils.load_tokenizer(directory.path, extra, eos_token_ids=eos)
+    return tokenizer.load_tokenizer(directory.path, directory.config)
 
 
 def load_model(directory: ModelDirectory, options: PagingOptions | None = None) -> nn.Module:
     """Like ``load``, without the tokenizer; None for the options' defaults."""
     options = options or PagingOptions()
     back_end.check_back_end(directory)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        check_temporary()
     selection = choose_predictors(directory, options)
     reader = RowReader(directory.rows)
     flash: PagedModel | None = None
