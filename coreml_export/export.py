@@ -19,7 +19,8 @@ from coreml_export.quantization.stored_weights import RoundedWeights, StoredWeig
 from coreml_export.source.decoder_spec import MULTIPLE, Decoder, check_context
 from coreml_export.source.families import describe
 from coreml_export.source.weights_source import Source, chat_template
-from mlx_flash.common.files import beside
+from mlx_flash.common.files import beside, written
+from mlx_flash.common.work_directory import WorkDirectory
 from mlx_flash.errors import FlashError
 from mlx_flash.models.positions import positions_of
 
@@ -70,18 +71,21 @@ def export(
     if "paged" in settings.profiles:
         choices = predictors.choose(source, decoder, settings.predictor)
     sizes.check_disk(out, source, decoder, settings)
-    _make(partial)
-    try:
-        _Job(source, decoder, settings, partial, progress).run(choices, verify)
-        partial.rename(out)
-    except OSError as error:
-        if isinstance(error, FlashError):  # the model could not be read
-            raise
-        raise ExportError(
-            f"writing {error.filename or partial} failed: {error.strerror or error}"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    work = WorkDirectory(partial, manifest.MARKER, "export", ExportError)
+    with work.claim("coreml_export"):
+        work.empty()  # an export that was cut off is begun anew
+        try:
+            _Job(source, decoder, settings, partial, progress).run(choices, verify)
+            (partial / manifest.MARKER).unlink()
+            partial.rename(out)
+        except OSError as error:
+            if isinstance(error, FlashError):  # the model could not be read
+                raise
+            raise ExportError(
+                f"writing {written(error) or partial} failed: {error.strerror or error}"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -98,17 +102,6 @@ def _check_positions(source: Source, context: int) -> None:
             f"a context of {context} tokens, but {source.path} was made for {limit} positions; "
             "choose a --context up to that"
         )
-
-
-def _make(partial: Path) -> None:
-    if partial.exists():
-        raise ExportError(
-            f"{partial} is in the way: another export is writing it, or one was cut off; remove it"
-        )
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ExportError(f"cannot write {partial}: {error.strerror}") from error
 
 
 class _Job:

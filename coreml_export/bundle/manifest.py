@@ -16,7 +16,8 @@ from .mlpackage import SPEC
 NAME = "manifest.json"
 FORMAT = "coreml_export"
 FORMAT_VERSION = 1
-UNHASHED = (NAME, "parity.json", "parity.md", "README.md")
+MARKER = "export.key"  # in OUT.partial: it was made by an export
+UNHASHED = (NAME, MARKER, "parity.json", "parity.md", "README.md")
 KINDS = {65552: "float16", 65568: "float32", 65600: "float64", 131104: "int32", 131080: "int8"}
 
 

@@ -41,6 +41,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="change the model by an adapter: relu-smollm2, which ships with this package, or a "
         "file (a GGUF is dequantised for it)",
     )
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="keep weights that are NaN or infinite (default: refused)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing model directory")
     parser.set_defaults(run=run)
 
@@ -63,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             quant_predicate=args.quant_predicate,
             dequantize=args.dequantize,
             adapter=args.adapter,
+            allow_nonfinite=args.allow_nonfinite,
             force=args.force,
             progress=bar,
         )

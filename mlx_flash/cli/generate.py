@@ -159,6 +159,18 @@ def _prompt_tokens(args: argparse.Namespace, tokenizer: Any) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def _check_finite(response: Any) -> None:
+    """Raise ModelError where a token was chosen from logits that are no numbers.
+
+    One NaN or infinity among them makes all logarithms of probabilities NaN, or this token's.
+    """
+    if not math.isfinite(response.logprobs[response.token].item()):
+        raise ModelError(
+            "the model's logits are NaN or infinite: its weights are damaged or its float type is "
+            "too narrow; mlx_flash verify tells about damage, else convert it with another --dtype"
+        )
+
+
 def _stream(
     args: argparse.Namespace, model: Any, tokenizer: Any, prompt: list[int], done: Run
 ) -> None:
@@ -179,12 +191,17 @@ def _stream(
         for response in stream_generate(
             model, tokenizer, prompt, max_tokens=args.max_tokens, sampler=sampler
         ):
+            _check_finite(response)
             done.token(response.token, response.text, time.perf_counter())
             print(response.text, end="", flush=True)
     except (FlashError, KeyboardInterrupt):
         done.end(None, time.perf_counter())
         print()
         raise
+    except RuntimeError as error:  # MLX's own: no memory, or a kernel that cannot be compiled
+        done.end(None, time.perf_counter())
+        print()
+        raise ModelError(f"MLX could not go on with {args.model}: {error!s:.500}") from error
     done.end(response and response.finish_reason, time.perf_counter())
     print("\n" + "=" * 10)
     if response is None:

@@ -21,6 +21,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from mlx_flash import __version__
+from mlx_flash.common.files import written
 from mlx_flash.errors import FlashError, FlashWarning
 
 
@@ -138,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return _quiet(1)
     except OSError as error:
-        return _fail(f"{error.filename or args.command}: {error.strerror or error}", 2)
+        return _fail(f"{written(error) or args.command}: {error.strerror or error}", 2)
+    except MemoryError:
+        return _fail(f"{args.command}: out of memory; close other programs, or give --ram", 2)
 
 
 def what_next(argv: Sequence[str]) -> str:

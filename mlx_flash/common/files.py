@@ -84,6 +84,15 @@ def replace_text(file: Path, text: str) -> None:
     atomic_write(file.resolve(), text)
 
 
+def written(error: OSError) -> Any:
+    """The file that an error of writing is about; None where it does not say.
+
+    A copy that fails names two, the file that was read first, even where the disk is full.
+    """
+    copied = error.errno in FULL and error.filename2
+    return error.filename2 if copied else error.filename
+
+
 def _sync_folder(path: Path) -> None:
     """Flush a folder's names; folders that may not be opened, or flushed, stay as they are."""
     try:

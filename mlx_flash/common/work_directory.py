@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mlx_flash.errors import FlashError
 
-from .files import FULL, atomic_write, is_temporary
+from .files import FULL, atomic_write, is_temporary, written
 from .sizes import show
 
 MARGIN_BYTES = 64 << 20  # for small files and the file system's own
@@ -74,7 +74,7 @@ class WorkDirectory:
                 raise
             room = "make room and " if error.errno in FULL else ""
             raise self.error(
-                f"writing {error.filename or self.path} failed: {error.strerror}; "
+                f"writing {written(error) or self.path} failed: {error.strerror}; "
                 f"{room}run the same command again, it goes on where it stopped"
             ) from error
         finally:

@@ -75,6 +75,7 @@ class RequestedFormat:
         scheme: how to quantise; None keeps numbers as they are.
         quant_predicate: one of mlx-lm's mixed recipes, which give some layers more bits.
         dequantize: make floats of a quantised checkpoint.
+        allow_nonfinite: keep weights that are NaN or infinite, instead of refusing them.
 
     Raises:
         ModelError: the dtype is unknown, or the wishes contradict each other.
@@ -84,6 +85,7 @@ class RequestedFormat:
     scheme: QuantScheme | None = None
     quant_predicate: str | None = None
     dequantize: bool = False
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in FLOATS:

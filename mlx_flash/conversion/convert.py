@@ -35,6 +35,7 @@ from mlx_flash.storage.safetensors_header import header_bytes
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint, RequestedFormat
+from .finite import finite_only
 from .open_checkpoint import open_checkpoint
 from .row_plan import plan_rows, raw
 from .turbosparse import fold
@@ -55,6 +56,7 @@ def convert(
     quant_predicate: str | None = None,
     dequantize: bool = False,
     adapter: str | Path | None = None,
+    allow_nonfinite: bool = False,
     force: bool = False,
     progress: Callable[[int, str], Any] | None = None,
 ) -> Path:
@@ -73,6 +75,7 @@ def convert(
         dequantize: make floats of a quantised checkpoint.
         adapter: one that ships with this package, by name, or a file: the model is changed by it.
             Tensors of a GGUF are made floats for that.
+        allow_nonfinite: keep weights that are NaN or infinite; by default they are refused.
         force: replace an existing model directory, at the end and only when all is done.
         progress: called first as (total bytes, "total"), then as (bytes, "layer 3") or the like;
             these add up to the total.
@@ -86,7 +89,7 @@ def convert(
     if not quantize and (q_bits is not None or q_group_size is not None or q_mode != "affine"):
         raise ModelError("bits, group size and mode are for quantising; ask for that, too (-q)")
     scheme = requested_scheme(q_bits, q_group_size, q_mode) if quantize else None
-    requested = RequestedFormat(dtype, scheme, quant_predicate, dequantize)
+    requested = RequestedFormat(dtype, scheme, quant_predicate, dequantize, allow_nonfinite)
     changes = Adapter.open(adapter) if adapter else None
     checkpoint = open_checkpoint(source, requested, changes)
     name = Path(source).absolute().name
@@ -111,6 +114,7 @@ class _Job:
 
     def __init__(self, checkpoint: Checkpoint, requested: RequestedFormat, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
+        self.take = checkpoint.take if requested.allow_nonfinite else finite_only(checkpoint.take)
         self.rows = plan_rows(checkpoint)
         resident = sorted(checkpoint.shapes.keys() - self.rows.tensors)
         self.shards = _shards(checkpoint, resident)
@@ -136,7 +140,7 @@ class _Job:
             if (partial / name).exists():
                 report(_sum_bytes(self.checkpoint, tensors), f"{name} was there")
             else:
-                _write_shard(partial / name, self.checkpoint, tensors, report)
+                _write_shard(partial / name, self.checkpoint, tensors, self.take, report)
         for file in partial.iterdir():
             if file.name not in {ROW_FILE, writing.MARKER, *self.shards}:
                 file.unlink()
@@ -178,7 +182,7 @@ class _Job:
         write_config(path, config)
 
     def _write_rows(self, path: Path, report: Callable[[int, str], Any]) -> str:
-        plan, take = self.rows, self.checkpoint.take
+        plan, take = self.rows, self.take
         writer = RowFileWriter(path, plan.layouts, plan.rows, self.row_source, plan.unit)
         try:
             for layer, (layout, count) in enumerate(zip(plan.layouts, plan.rows, strict=True)):
@@ -235,7 +239,11 @@ def _shards(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, list[str]
 
 
 def _write_shard(
-    path: Path, checkpoint: Checkpoint, names: list[str], report: Callable[[int, str], Any]
+    path: Path,
+    checkpoint: Checkpoint,
+    names: list[str],
+    take: Callable[[str], mx.array],
+    report: Callable[[int, str], Any],
 ) -> None:
     """Write tensors one by one; the file gets its name when it is whole."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -251,6 +259,6 @@ def _write_shard(
     with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(header_bytes(header))
         for name in names:
-            data = raw(checkpoint.take(name))
+            data = raw(take(name))
             f.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             report(data.nbytes, name)

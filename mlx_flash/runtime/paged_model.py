@@ -187,6 +187,8 @@ class PagedModel:
         batch, length = inputs.shape[:2]
         step = max(1, self.plan.step // batch)
         whole = bool(extra) or not cache or length <= step
+        if self.options.use_flash:  # else all was read, and the reader closed
+            self.reader.check_usable()
         with self._lock:
             self._check_context(cache, batch, length, length if whole else step)
             try:
