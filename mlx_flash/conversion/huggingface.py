@@ -23,9 +23,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_flash.common.json_reader import MAX_BYTES
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.model_directory.config import locate_ffn, read_config
 from mlx_flash.model_directory.links import check_link
+from mlx_flash.model_directory.tokenizer import check_files
 from mlx_flash.model_directory.writing import CALIBRATION
 from mlx_flash.models.dtypes import FLOATS
 from mlx_flash.models.plausible import check_sizes
@@ -85,6 +87,13 @@ class HFCheckpoint:
         files, self.fingerprint, tensors = find_files(path)
         with _naming(path):
             check_sizes(self.config, (entry["shape"] for entry in tensors.values()))
+        check_files(path)
+        for file in self._side_files():
+            if (size := file.stat().st_size) > MAX_BYTES:
+                raise ModelError(
+                    f"{file} has {size:,} bytes; expected at most {MAX_BYTES:,} of a file that is "
+                    "copied beside the weights; move it away"
+                )
         if adapter:
             self.fingerprint += adapter.sha256[:16]
         model, spare = _with_its_head(path, self.config, files)

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_flash.errors import ModelError
 
+MOST_GROUP = 1 << 20
 SUFFIXES = ("scales", "biases")
 DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32)}  # mode -> bits, group
 
@@ -23,15 +24,15 @@ class QuantScheme:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        if self.mode not in DEFAULTS:
+        if not isinstance(self.mode, str) or self.mode not in DEFAULTS:
             raise ModelError(
                 f"quantisation mode {self.mode!r}; expected one of {', '.join(DEFAULTS)}"
             )
         try:  # nothing is computed: MLX looks at the arguments first
             if type(self.bits) is not int or type(self.group_size) is not int:
                 raise TypeError("expected whole numbers")
-            if self.bits < 1 or self.group_size < 1:  # MLX divides by them
-                raise ValueError("expected 1 or more")
+            if not (0 < self.bits <= 32 and 0 < self.group_size <= MOST_GROUP):  # MLX divides
+                raise ValueError(f"expected 1 to 32 bits, groups of 1 to {MOST_GROUP:,}")
             row = mx.zeros((1, 32 * self.group_size))
             mx.quantize(row, self.group_size, self.bits, mode=self.mode)
         except (ValueError, TypeError, OverflowError) as error:

@@ -464,7 +464,7 @@ def test_too_large_for_float16(tmp_path):
     convert(source, tmp_path / "out", dtype="bfloat16")
 
 
-def test_infinity_stays(tmp_path):
+def test_infinities_are_refused_or_stay(tmp_path, capsys):
     source = make_checkpoint(tmp_path / "hf", "llama", "float32", layers=2)
 
     def change(weights):
@@ -474,7 +474,10 @@ def test_infinity_stays(tmp_path):
         weights["model.layers.1.mlp.up_proj.weight"] = mx.where(up == up[3, 7], float("inf"), up)
 
     edit_weights(source, change)
-    out = convert(source, tmp_path / "out", dtype="float16")
+    message = refused(source, tmp_path, capsys)
+    assert "model.layers.1.mlp.up_proj.weight has 1 of 10,240 weights that are NaN" in message
+    assert "--allow-nonfinite" in message
+    out = convert(source, tmp_path / "out", dtype="float16", allow_nonfinite=True)
     norm = mx.load(str(out / "model.safetensors"))["model.norm.weight"]
     assert norm.dtype == mx.float16
     assert norm[5].item() == float("-inf") and mx.isinf(norm).sum().item() == 1
