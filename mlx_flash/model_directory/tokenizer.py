@@ -19,6 +19,7 @@ from mlx_flash.common.json_reader import (
     MAX_BYTES,
     MAX_VALUES,
     fields,
+    items,
     plain_name,
     read_json,
     read_text,
@@ -31,7 +32,17 @@ from .chat_template import bounded
 from .config import MAX_CONFIG
 from .links import check_link
 
-NAMES = ("*.json", "*.jsonl", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+# JSON that mlx-lm and transformers read; of other formats, what they may.
+NAMES = (
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer*.json",
+    "vocab.json",
+    *("*.jinja", "*.model", "*.tiktoken", "*.txt"),
+)
+TRIAL = "A fox, 12 geese."
 CONFIG = "tokenizer_config.json"
 # Read as a whole by libraries; the largest published, with 262,144 tokens, has 33 MB.
 LARGE = ("tokenizer.json", "vocab.json")
@@ -55,6 +66,7 @@ def load_tokenizer(path: Path, config: dict[str, Any]) -> Any:
         extra["trust_remote_code"] = False
         eos = utils.load_config(path).get("eos_token_id")
         found = utils.load_tokenizer(path, extra, eos_token_ids=eos)
+        found.decode(found.encode(TRIAL))  # what types are wrong shows here
         found.apply_chat_template = bounded(found, path)
         return found
     except FlashError:
@@ -106,8 +118,7 @@ def _files(path: Path) -> Iterator[Path]:
     for folder in (path, path / TEMPLATES):
         for pattern in NAMES:
             for file in sorted(folder.glob(pattern)):
-                index = file.name.endswith(".index.json") or file.name == "config.json"
-                if file.exists() and not file.is_dir() and not index:
+                if file.exists() and not file.is_dir():
                     yield file
 
 
@@ -120,9 +131,9 @@ def _check_size(file: Path) -> None:
 
 def _checked(said: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json; ValueError where it names files that are not beside it."""
-    for key in ("fast_tokenizer_files",):
-        for name in said.get(key) or ():
-            plain_name(name, f"a name in {key}")
+    key = "fast_tokenizer_files"
+    for name in items(said.get(key) or [], key):
+        plain_name(name, f"a name in {key}")
     return said
 
 
