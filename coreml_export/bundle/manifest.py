@@ -9,6 +9,15 @@ from typing import Any
 from coreml_export.errors import ExportError
 from coreml_export.settings import PROFILES, Settings
 from mlx_flash.common.files import sha256_of
+from mlx_flash.common.json_reader import (
+    entry,
+    fields,
+    plain_name,
+    read_json,
+    show,
+    text,
+    whole,
+)
 from mlx_flash.errors import DamagedError
 
 from .mlpackage import SPEC
@@ -91,17 +100,30 @@ def read(out: Path) -> dict[str, Any]:
         ExportError: it cannot be read, or is of another format or version.
     """
     try:
-        found = json.loads((out / NAME).read_text(encoding="utf-8"))
+        found = read_json(out / NAME, finite=True)
     except (OSError, ValueError) as error:
         raise ExportError(f"{out} is not an export, its {NAME} cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ExportError(f"{out / NAME} is not a manifest of coreml_export")
     if found.get("format_version") != FORMAT_VERSION:
         raise ExportError(
-            f"{out} has format version {found.get('format_version')!r}, this version reads "
+            f"{out} has format version {show(found.get('format_version'))}, this version reads "
             f"{FORMAT_VERSION}; export the model again"
         )
+    _check_files(out, found.get("files"))
     return found
+
+
+def _check_files(out: Path, files: Any) -> None:
+    """Raise ExportError unless a manifest lists files of its own directory, with their sizes."""
+    try:
+        for name, said in fields(files, "files").items():
+            for part in name.split("/"):
+                plain_name(part, "a name in files")
+            whole(entry(fields(said, name), "bytes", name), f"bytes of {name}")
+            text(entry(said, "sha256", name), f"sha256 of {name}")
+    except ValueError as error:
+        raise ExportError(f"{out / NAME} is damaged: {error}; export the model again") from error
 
 
 def settings_of(content: dict[str, Any]) -> Settings:
@@ -131,14 +153,14 @@ def verify(out: Path, content: dict[str, Any]) -> None:
     Raises:
         DamagedError: a file is missing or was changed.
     """
-    for name, entry in content["files"].items():
+    for name, expected in content["files"].items():
         file = out / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing; copy the export again")
-        if file.stat().st_size != entry["bytes"]:
+        if file.stat().st_size != expected["bytes"]:
             raise DamagedError(
-                f"{file} has {file.stat().st_size} bytes, expected {entry['bytes']}; "
+                f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}; "
                 "copy the export again"
             )
-        if sha256_of(file) != entry["sha256"]:
+        if sha256_of(file) != expected["sha256"]:
             raise DamagedError(f"{file} is damaged, its sha256 differs; copy the export again")

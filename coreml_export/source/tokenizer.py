@@ -35,7 +35,7 @@ def write(source: Source, out: Path) -> None:
     told = (out / "tokenizer_config.json").is_file()  # else llama's, which is then compared
     kind: Any = AutoTokenizer if told or not old else LlamaTokenizer
     try:
-        fast: Any = kind.from_pretrained(str(out), use_fast=True)
+        fast: Any = kind.from_pretrained(str(out), use_fast=True, trust_remote_code=False)
         fast.backend_tokenizer.save(str(out / "tokenizer.json"))
     except Exception as error:  # of whatever library reads the old format
         raise ExportError(

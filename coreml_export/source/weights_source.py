@@ -6,7 +6,6 @@ they stand for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_flash.common.json_reader import fields, read_json
 from mlx_flash.conversion.checkpoint import RequestedFormat
 from mlx_flash.conversion.open_checkpoint import open_checkpoint
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.model_directory.config import read_config
 from mlx_flash.model_directory.directory import ModelDirectory
+from mlx_flash.model_directory.links import check_link
 from mlx_flash.model_directory.writing import CALIBRATION
 from mlx_flash.models import families
 from mlx_flash.models.quantized_rows import QuantScheme, rows_of, scheme_from
@@ -235,6 +236,7 @@ class _DirectoryTensors:
         for file in sorted(self._directory.path.iterdir()):
             foreign = file.suffix == ".safetensors" or file.name in ("config.json", *CALIBRATION)
             if file.is_file() and not foreign:
+                check_link(file, self._directory.path)
                 (out / file.name).write_bytes(file.read_bytes())
 
 
@@ -261,8 +263,8 @@ def chat_template(tokenizer: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError):
+        found = fields(read_json(file), "it").get("chat_template")
+    except (OSError, ValueError):
         return None
     if isinstance(found, list):
         entries = [entry for entry in found if isinstance(entry, dict)]

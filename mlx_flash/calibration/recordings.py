@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flash.common.files import atomic_write, beside, replacing, sync
+from mlx_flash.common.json_reader import read_json
 from mlx_flash.common.work_directory import WorkDirectory
 from mlx_flash.errors import CalibrationError, FlashWarning
 from mlx_flash.model_directory.directory import ModelDirectory
@@ -173,7 +174,7 @@ class Recorder:
         sizes: dict[Path, int] = {}
         if (self.path / STATE).is_file():
             try:
-                sizes = self._adopt(json.loads((self.path / STATE).read_text()))
+                sizes = self._adopt(read_json(self.path / STATE))
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 message = (
                     f"what was recorded in {self.path} is damaged ({error}); it is recorded again"

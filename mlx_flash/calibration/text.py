@@ -202,7 +202,7 @@ def _json_texts(path: Path) -> Iterator[str]:
 def _parsed(path: Path, text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}: {what} is not JSON: {error}") from error
 
 

@@ -7,14 +7,15 @@ import json
 from typing import Any
 
 from .files import atomic_write
+from .json_reader import fields, read_json
 from .platform import current_platform
 
 
 def recall(name: str, key: str) -> Any:
     """What ``remember`` kept, or None; a file that cannot be read counts as none."""
     path = current_platform().cache_folder() / name
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
+    with contextlib.suppress(OSError, ValueError):
+        return fields(read_json(path), "it").get(key)
     return None
 
 
@@ -24,7 +25,7 @@ def remember(name: str, key: str, value: Any) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path)
         except (OSError, ValueError):
             known = {}
         known = known if isinstance(known, dict) else {}

@@ -17,7 +17,6 @@ All arithmetic is in float32. Adapters are trained by ``training/relufy``.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flash.common.files import sha256_of
+from mlx_flash.common.json_reader import entry, fields, parse_json
 from mlx_flash.errors import DamagedError, ModelError
+from mlx_flash.storage.safetensors_header import check_file
 
 FORMAT, VERSION = "mlx-flash-adapter", "1"
 SHIPPED = Path(__file__).with_name("data")
@@ -84,8 +85,9 @@ class Adapter:
                 f"with this package ({', '.join(shipped_adapters()) or 'none'})"
             )
         try:
-            found, metadata = mx.load(str(path), return_metadata=True)
-        except (RuntimeError, ValueError, TypeError) as error:
+            check_file(path)
+            found, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise DamagedError(f"{path} cannot be read as safetensors: {error}") from error
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
             raise ModelError(
@@ -93,9 +95,11 @@ class Adapter:
                 f"{metadata.get('version')!r}; expected {FORMAT!r}, version {VERSION!r}"
             )
         try:
-            config, base = json.loads(metadata["config"]), json.loads(metadata["base"])
-        except (KeyError, ValueError) as error:
-            raise DamagedError(f"{path}: its metadata lacks config or base: {error!r}") from error
+            config, base = (
+                fields(parse_json(entry(metadata, key)), key) for key in ("config", "base")
+            )
+        except ValueError as error:
+            raise DamagedError(f"{path}: its metadata lacks config or base: {error}") from error
         tensors: dict[str, dict[str, mx.array]] = {}
         for name, array in found.items():
             target, _, part = name.rpartition(".")

@@ -23,6 +23,7 @@ import numpy as np
 from mlx_flash.calibration.report_files import JSON, PLOT, TABLE
 from mlx_flash.calibration.text_run import Progress
 from mlx_flash.common.files import atomic_write, digest_of, sha256_of, sync
+from mlx_flash.common.json_reader import read_json
 from mlx_flash.errors import ConvertError, DamagedError
 from mlx_flash.model_directory import writing
 from mlx_flash.model_directory.config import ROW_FILE, config_sha256, write_config
@@ -32,6 +33,7 @@ from mlx_flash.predictors import predictor_file, registry
 from mlx_flash.storage.reader import RowReader
 from mlx_flash.storage.row_layout import RowLayout
 from mlx_flash.storage.row_writer import RowFileWriter
+from mlx_flash.storage.safetensors_header import check_file
 
 from . import ordering
 from .resident_tensors import write_permuted
@@ -182,6 +184,7 @@ def _original(directory: ModelDirectory) -> list[np.ndarray] | None:
         return None
     file, layers = directory.path / NAME, directory.rows.layers
     try:
+        check_file(file)
         tensors = mx.load(str(file))
         found = [np.array(tensors[f"layers.{i}.order"]) for i in range(len(layers))]
     except (RuntimeError, ValueError, KeyError) as error:
@@ -227,7 +230,7 @@ def moved_tensor(tensor: mx.array, shape: tuple[str, ...], order: np.ndarray) ->
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError as error:
         raise DamagedError(f"{path} is not JSON: {error}; remove it") from error
     if not isinstance(found, dict):
