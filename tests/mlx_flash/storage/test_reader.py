@@ -869,7 +869,7 @@ def test_closing_while_another_thread_waits(tmp_path, monkeypatch, real_preadv):
     go.set()
     closer.join()
     waiter.join()
-    assert told == [f"the reader of {file.path} is closed"]
+    assert told == [f"the reader of {file.path} is closed; load the model again"]
 
 
 @pytest.mark.parametrize("direct", [True, False])
