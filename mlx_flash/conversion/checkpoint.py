@@ -44,6 +44,7 @@ class Checkpoint(Protocol):
     """A model's tensors under mlx-lm's names.
 
     Attributes:
+        path: where it lies.
         config: config.json of the model.
         spec: where its FFNs are.
         shapes, dtypes: of every tensor by its name; a quantised one is several, see
@@ -52,6 +53,7 @@ class Checkpoint(Protocol):
         facts: what only some checkpoints have.
     """
 
+    path: Path
     config: dict[str, Any]
     spec: ModelSpec
     shapes: dict[str, tuple[int, ...]]

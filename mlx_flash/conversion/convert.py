@@ -38,6 +38,7 @@ from .checkpoint import Checkpoint, RequestedFormat
 from .finite import finite_only
 from .open_checkpoint import open_checkpoint
 from .row_plan import plan_rows, raw
+from .side_files import check_tokenizer
 from .turbosparse import fold
 
 SHARD_BYTES = 5 * 10**9
@@ -95,6 +96,7 @@ def convert(
     name = Path(source).absolute().name
     job = _Job(checkpoint, requested, f"{name} with {changes.path.stem}" if changes else name)
     writing.check_disk(target, job.disk_bytes)
+    check_tokenizer(checkpoint)
     with writing.working_directory(target, job.key) as partial:
         writing.check_target(target, force, source)  # again, now that nobody else writes it
         report = progress or (lambda _bytes, _what: None)

@@ -12,7 +12,6 @@ base, and the head where it may be tied.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +25,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_flash.common.json_reader import MAX_BYTES
 from mlx_flash.errors import DamagedError, ModelError
 from mlx_flash.model_directory.config import locate_ffn, read_config
-from mlx_flash.model_directory.links import check_link
 from mlx_flash.model_directory.tokenizer import check_files
-from mlx_flash.model_directory.writing import CALIBRATION
 from mlx_flash.models.dtypes import FLOATS
 from mlx_flash.models.plausible import check_sizes
 from mlx_flash.models.quantized_rows import scheme_from
@@ -39,13 +36,11 @@ from .adapter import Adapter
 from .checkpoint import UNCHANGED, CheckpointFacts, RequestedFormat
 from .model_spec import ModelSpec
 from .quantization import KEYS, dequantised, found_in, quantise, quantise_modules
+from .side_files import copy_side_files, refuse_pointers, side_files
 from .tied_head import has_head, head_left_in, refusing_head, untie
 from .turbosparse import predictor_tensors
 from .weight_files import find_files
 
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-# Made anew, or, of those that ``calibrate`` writes, changed after conversion has hashed them.
-NOT_SIDE_FILES = ("config.json", "*.index.json", "*.safetensors*", *CALIBRATION)
 LISTED = 20  # offenders named in a message
 PACKED = (mx.uint32, mx.uint8)
 Weights = dict[str, mx.array]
@@ -74,6 +69,7 @@ class HFCheckpoint:
         adapter: Adapter | None = None,
     ) -> None:
         self.path = path
+        refuse_pointers(path)
         self.config = read_config(path)
         if adapter:
             self.config = adapter.adapted_config(self.config)
@@ -88,7 +84,7 @@ class HFCheckpoint:
         with _naming(path):
             check_sizes(self.config, (entry["shape"] for entry in tensors.values()))
         check_files(path)
-        for file in self._side_files():
+        for file in side_files(path):
             if (size := file.stat().st_size) > MAX_BYTES:
                 raise ModelError(
                     f"{file} has {size:,} bytes; expected at most {MAX_BYTES:,} of a file that is "
@@ -143,15 +139,7 @@ class HFCheckpoint:
 
     def write_tokenizer(self, out: Path) -> None:
         """Copy tokenizer files, licence and card; no link is followed out of the checkpoint."""
-        for file in self._side_files():
-            shutil.copyfile(file, out / file.name)
-
-    def _side_files(self) -> Iterator[Path]:
-        for pattern in SIDE_FILES:
-            for file in sorted(self.path.glob(pattern)):
-                if file.is_file() and not any(file.match(p) for p in NOT_SIDE_FILES):
-                    check_link(file, self.path)
-                    yield file
+        copy_side_files(self.path, out)
 
     def _set_quantisation(self, quantisation: dict[str, Any] | None) -> None:
         """Put mlx-lm's dict, and nothing else about quantisation, into the config."""
@@ -308,6 +296,11 @@ def _compare(path: Path, model: nn.Module, weights: Weights, adapter: Adapter | 
         for name in sorted(expected.keys() & found.keys())
         if found[name] != expected[name]
     ]
+    if scales := [name for name in found.keys() - expected.keys() if name.endswith(".scales")]:
+        raise ModelError(
+            f"{path}: {len(scales)} tensors are quantised ({min(scales)} and so on), but the "
+            "config.json says nothing of them; expected mlx-lm's quantization for each there"
+        )
     if problems:
         more = len(problems) - LISTED
         listed = "".join(f"\n  {problem}" for problem in problems[:LISTED])

@@ -47,6 +47,14 @@ def _weight_files(path: Path) -> list[Path]:
         except ValueError as error:
             raise ModelError(f"{index} is not a safetensors index: {error}") from error
         files = [path / name for name in sorted(names)]
+        single = path / "model.safetensors"
+        if single.is_file() and single not in files:
+            if any(file.is_file() for file in files):
+                raise ModelError(
+                    f"{path} has {single.name} and an index of other files ({index.name}); it is "
+                    "not clear which of them are the model; move the others away"
+                )
+            return [single]  # the index is left over from another download
         if missing := [file.name for file in files if not file.is_file()]:
             raise ModelError(
                 f"{path} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:20])}; "
