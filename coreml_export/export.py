@@ -157,7 +157,7 @@ class _Job:
     def _about(self) -> dict[str, Any]:
         """What the manifest says of the model and of what was asked for."""
         decoder, settings, config = self.decoder, self.settings, self.source.config
-        eos = config.get("eos_token_id")
+        eos = tokenizer.ends(self.out / "tokenizer", config)
         return {
             "architecture": {
                 "model_type": decoder.model_type,
@@ -178,7 +178,7 @@ class _Job:
             "recipe": [list(row) for row in settings.recipe],
             "target": settings.target,
             "units": settings.units,
-            "eos": eos if isinstance(eos, list) else [] if eos is None else [eos],
+            "eos": eos,
             "bos": config.get("bos_token_id"),
             "chat_template": chat_template(self.out / "tokenizer"),
             "lengths": dense.LENGTHS,

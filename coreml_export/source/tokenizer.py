@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from mlx_flash.calibration.text import DEFAULT as TEXT
 
 from .weights_source import Source
 
+GENERATION = "generation_config.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 
 
@@ -66,6 +69,19 @@ def load(out: Path) -> Any:
         return Tokenizer.from_file(str(out / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ExportError(f"{out / 'tokenizer.json'} cannot be read: {error}") from error
+
+
+def ends(out: Path, config: dict[str, Any]) -> list[int]:
+    """Tokens that end a text: those of generation_config.json among the files, else config.json's.
+
+    As mlx-lm does, which generates.
+    """
+    found = None
+    if (out / GENERATION).is_file():
+        with contextlib.suppress(ValueError, AttributeError):
+            found = json.loads((out / GENERATION).read_text(encoding="utf-8")).get("eos_token_id")
+    found = found or config.get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def sample(out: Path, count: int, start: int = 3000) -> list[int]:

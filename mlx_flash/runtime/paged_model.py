@@ -31,6 +31,7 @@ from .memory_plan import Plan
 from .options import PagingOptions
 from .pagers.choose import make_pager
 from .retained_caches import RetainedCaches
+from .unaffordable_logits import UnaffordableLogits
 
 # Whether to read ahead by default: see benchmarks/speed/sparse_speed.py, benchmarks/mixture.
 LOOKAHEAD = {"neuron": True, "expert": False, "layer": False}
@@ -182,7 +183,8 @@ class PagedModel:
 
         One call at a time, under a lock: modules compute from rows that were bound to them for this
         call, see ``mlx_flash.paging``. A call without a cache, or with more than tokens and a
-        cache, is not cut up.
+        cache, is not cut up. Logits of chunks that the budget has no room for are
+        ``UnaffordableLogits``.
         """
         batch, length = inputs.shape[:2]
         step = max(1, self.plan.step // batch)
@@ -203,6 +205,13 @@ class PagedModel:
                 if self.stream:
                     self.stream.close()
                 raise
+        return self._joined(outputs)
+
+    def _joined(self, outputs: list[Any]) -> Any:
+        """Logits of a prompt's chunks as one array, as far as the budget has room for it."""
+        spare = self._ram - self.plan.total + self.plan.bytes_of("slack") // 2
+        if self.max_tokens is not None and 2 * sum(o.nbytes for o in outputs) > spare:
+            return UnaffordableLogits(outputs, self._ram)
         return mx.concatenate(outputs, axis=1)
 
     def _counted(

@@ -9,6 +9,7 @@ from support.tiny import make_checkpoint
 from coreml_export import export as export_module
 from coreml_export.bundle import manifest
 from coreml_export.errors import ExportError
+from coreml_export.source import tokenizer
 from coreml_export.source.weights_source import chat_template
 
 DEFAULT, TOOLS = "{{ messages[0].content }}", "{{ tools }}"
@@ -24,10 +25,20 @@ def test_templates_by_name(tmp_path):
     """The manifest has the default one; all of them stay in the tokenizer's files."""
     model = checkpoint(tmp_path / "model")
     with_template(model, NAMED)
+    (model / "generation_config.json").write_text('{"eos_token_id": [257, 7]}')
     out = make(model, tmp_path / "out", context=64)
+    assert manifest.read(out)["eos"] == [257, 7]
     assert manifest.read(out)["chat_template"] == DEFAULT
     kept = json.loads((out / "tokenizer/tokenizer_config.json").read_text())
     assert kept["chat_template"] == NAMED
+
+
+def test_ends(tmp_path):
+    assert tokenizer.ends(tmp_path, {}) == []
+    assert tokenizer.ends(tmp_path, {"eos_token_id": 5}) == [5]
+    for text, found in (('{"eos_token_id": 7}', [7]), ("{}", [5]), ("[]", [5]), ("no", [5])):
+        (tmp_path / "generation_config.json").write_text(text)
+        assert tokenizer.ends(tmp_path, {"eos_token_id": 5}) == found
 
 
 @pytest.mark.parametrize(
