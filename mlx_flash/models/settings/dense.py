@@ -230,6 +230,7 @@ DENSE: dict[str, Rules] = {
     "nemotron": Rules(
         Rope(
             share="partial_rotary_factor",
+            built_in_share=0.5,
             uses_share=True,
             default_share=0.5,
             kinds=LINEAR,

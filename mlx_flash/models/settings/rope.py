@@ -59,7 +59,7 @@ def settle(config: dict[str, Any], rope: Rope) -> dict[str, Any]:
     changed = {k: v for k, v in config.items() if k != "rope_parameters"} if new else dict(config)
     if theta is not None or rope.default_theta is not None:
         _put(changed, rope.theta, rope.default_theta if theta is None else theta)
-    if rope.uses_share:
+    if rope.uses_share and (share is not None or rope.default_share != rope.built_in_share):
         _put(
             changed,
             rope.share or "partial_rotary_factor",
@@ -112,11 +112,12 @@ def kind_of(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def _put(config: dict[str, Any], key: str | None, value: Any) -> None:
     """Set a number; one that is there stays as it is written."""
-    if key is None or (key in config and config[key] == value):
+    if key is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _error(config, key, value, "expected a number")
-    config[key] = value
+    if config.get(key) != value:
+        config[key] = value
 
 
 def _by_layer(
@@ -157,7 +158,7 @@ def _scaling(
     found = {k: v for k, v in settings.items() if k not in BESIDE and v is not None}
     if kind == "proportional" and "partial_rotary_factor" in settings:
         found["partial_rotary_factor"] = settings["partial_rotary_factor"]
-    if kind == "yarn" and found.get("factor") is None:
+    if kind == "yarn" and settings.get("factor", 1) is None:
         found["factor"] = _ratio(config, found)
     if missing := [key for key in NEEDED[kind] if key not in found]:
         raise _missing(config, settings, *missing)

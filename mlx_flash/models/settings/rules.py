@@ -74,6 +74,7 @@ class Rules:
         harmless: key -> why its value changes no logit.
         unread: keys of transformers 5 by which a config is known that mlx-lm cannot read.
         translate: what else has to be written anew; gets a config, gives what changes.
+        written: keys that ``translate`` reads.
     """
 
     rope: Rope | None = Rope()
@@ -87,3 +88,4 @@ class Rules:
     harmless: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     translate: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    written: tuple[str, ...] = ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from mlx_lm.utils import MODEL_REMAPPING
 
 from .dense import DENSE
+from .harmless import HARMLESS
 from .mixtures import MIXTURES
 from .others import OTHERS
 from .rules import Rules
@@ -24,6 +25,16 @@ NESTED = {
     "llama4": "llama4",
     "qwen3_vl_moe": "qwen3_moe",
 }
+WINDOW_KEYS = (
+    "_sliding_window_pattern",
+    "layer_types",
+    "max_window_layers",
+    "sliding_window",
+    "sliding_window_pattern",
+    "use_sliding_window",
+)
+# ``families.find`` computes or refuses what they name.
+ACTIVATIONS = ("activation", "activation_function", "hidden_act", "hidden_activation")
 
 
 def rules_of(config: Mapping[str, Any]) -> Rules | None:
@@ -37,3 +48,28 @@ def rules_of(config: Mapping[str, Any]) -> Rules | None:
         model_type = NESTED.get(model_type) or (inner if isinstance(inner, str) else model_type)
     found = RULES.get(TEXT_OF.get(model_type, model_type))
     return found or RULES.get(MODEL_REMAPPING.get(model_type, ""))
+
+
+def place(model_type: str, key: str, computed: Container[str]) -> str | None:
+    """What becomes of a key of a family's config.
+
+    Args:
+        computed: keys that the family's module in mlx-lm, or a decoder of this package, reads.
+
+    Returns:
+        "computed", "harmless", "refused" (where its value is not the one that is computed), or
+        None for a key that nobody has placed.
+    """
+    rules = rules_of({"model_type": NESTED.get(model_type, model_type)}) or Rules(None)
+    if key in rules.only or key in rules.unread:
+        return "refused"
+    if key in HARMLESS or key in rules.harmless:
+        return "harmless"
+    rope = (
+        ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
+        if rules.rope
+        else ()
+    )
+    windows = WINDOW_KEYS if rules.window else ()
+    ours = {*rope, *windows, *rules.names, *rules.names.values(), *rules.absent, *rules.written}
+    return "computed" if key in ours or key in computed or key in ACTIVATIONS else None
