@@ -331,6 +331,7 @@ TINY: dict[str, dict[str, Any]] = {
         attention_window_size=32,
         block_types=["recurrent", "attention"],
         conv1d_width=4,
+        num_key_value_heads=1,
         intermediate_size=320,
         logits_soft_cap=30.0,
     ),

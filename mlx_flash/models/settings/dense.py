@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_flash.errors import ModelError
 
+from .checks import reaches_everything, same_as
 from .rules import LINEAR, PLAIN, Rope, Rules
 
 FALSE = (False,)
@@ -101,6 +102,7 @@ GEMMA4_TEXT = Rules(
     | {"num_kv_shared_layers": 0},
     only=NO_BIAS | CAUSAL,
     translate=one_per_kind,
+    written=("per_layer_config",),
 )
 
 
@@ -149,7 +151,11 @@ DENSE: dict[str, Rules] = {
         | {"sliding_window_pattern": 4},
         only={"sliding_window": _for_some_layer},
     ),
-    "falcon_h1": Rules(absent=IS_UNTIED | {"head_dim": _heads}),
+    "falcon_h1": Rules(
+        absent=IS_UNTIED | {"head_dim": _heads},
+        only={"time_step_limit": ([0.0, float("inf")], [0.001, 100.0])},  # as good as the same
+        harmless={"mamba_expand": "mamba_d_ssm says it"},
+    ),
     "gemma": Rules(_PLAIN, only=TIED | NO_BIAS | CAUSAL),
     "gemma2": Rules(_PLAIN, window="alternating", only=TIED | NO_BIAS | CAUSAL),
     "gemma3_text": Rules(
@@ -159,6 +165,7 @@ DENSE: dict[str, Rules] = {
         only=NO_BIAS
         | CAUSAL
         | {"final_logit_softcapping": (None,), "attn_logit_softcapping": (None,)},
+        harmless={"tie_word_embeddings": "whether there is a head tells it"},
     ),
     "gemma4_text": GEMMA4_TEXT,
     "glm": Rules(
@@ -198,9 +205,15 @@ DENSE: dict[str, Rules] = {
     "gptj": Rules(None, only=UNTIED | {"n_inner": _four_times("n_embd")}),
     "granite": Rules(absent=IS_UNTIED),
     "granitemoehybrid": Rules(
-        _PLAIN, absent=IS_UNTIED, translate=granite_names, only={"mamba_n_groups": (1,)}
+        _PLAIN,
+        absent=IS_UNTIED,
+        only={"mamba_n_groups": (1,)},
+        harmless={"mamba_expand": "mamba_n_heads and mamba_d_head say it"},
+        translate=granite_names,
     ),
-    "helium": Rules(Rope(kinds=PLAIN, default_theta=100000.0), only=UNTIED),
+    "helium": Rules(
+        Rope(kinds=PLAIN, default_theta=100000.0), only=UNTIED | {"head_dim": _head_dim}
+    ),
     "hunyuan_v1_dense": Rules(Rope(spelling="type", kinds=PLAIN | {"dynamic"}, replaceable=False)),
     "internlm3": Rules(
         Rope(kinds=PLAIN, spelling="rope_type"),
@@ -216,16 +229,38 @@ DENSE: dict[str, Rules] = {
     "llama4_text": Rules(
         Rope(kinds=PLAIN, default_theta=500000.0, replaceable=False),
         absent=IS_UNTIED,
-        only=NO_BIAS,
+        only=NO_BIAS
+        | {"attn_temperature_tuning": FALSE, "attention_chunk_size": reaches_everything}
+        | {"moe_layers": ([],)},
+        harmless={
+            "attn_scale": "of attn_temperature_tuning",
+            "floor_scale": "of attn_temperature_tuning",
+            "interleave_moe_layer_step": "no layer has experts",
+            "intermediate_size": "no layer has experts",
+            "layer_types": "no_rope_layers and attention_chunk_size say it",
+            "no_rope_layer_interval": "no_rope_layers says it",
+            "num_experts_per_tok": "no layer has experts",
+            "num_local_experts": "no layer has experts",
+        },
     ),
-    "minicpm3": Rules(Rope(kinds=PLAIN | {"longrope"}, replaceable=False)),
+    "minicpm3": Rules(
+        Rope(kinds=PLAIN | {"longrope"}, replaceable=False),
+        only={"mlp_bias": FALSE, "v_head_dim": _head_dim},
+        harmless={
+            "head_dim": "qk_rope_head_dim says it",
+            "num_key_value_heads": "every head has its own",
+            "qk_head_dim": "its two parts say it",
+        },
+    ),
     "ministral3": Rules(
         Rope(reads_new=True, replaceable=False), only={"sliding_window": _reaches_all}
     ),
-    "muse_glimmer": Rules(Rope(reads_new=True), window="typed", native_window="layer_types"),
+    "muse_glimmer": Rules(
+        Rope(reads_new=True), window="typed", native_window="layer_types", only=NO_BIAS
+    ),
     "nanochat": Rules(
         Rope(kinds=PLAIN, replaceable=False),
-        only=UNTIED | NO_BIAS | {"final_logit_softcapping": (15.0,)},
+        only=UNTIED | NO_BIAS | {"final_logit_softcapping": (15.0,), "rms_norm_eps": (1e-5,)},
     ),
     "nemotron": Rules(
         Rope(
@@ -259,7 +294,10 @@ DENSE: dict[str, Rules] = {
     "qwen3": Rules(window="qwen", absent=IS_UNTIED, only=NO_BIAS),
     "recurrent_gemma": Rules(
         Rope(kinds=PLAIN, uses_share=True, built_in_share=0.5, default_share=0.5),
-        only=TIED,
+        only=TIED
+        | NO_BIAS
+        | {"conv1d_width": (4,), "head_dim": _head_dim, "lru_width": same_as("hidden_size")}
+        | {"num_key_value_heads": (1,)},
     ),
     "seed_oss": Rules(absent=IS_UNTIED | {"attention_bias": True}),
     "smollm3": Rules(

@@ -9,7 +9,7 @@ LABELS = "for classification, which is not done here"
 ABOUT = "about the file, not the model"
 SPEED = "chooses between ways to compute the same"
 EXTRA_LAYERS = "layers that predict further tokens, which are left out"
-OTHER_SENSES = "of parts for images and sound, which are left out"
+LIMIT = "a limit: longer texts are refused, whatever the family"
 
 HARMLESS: dict[str, str] = {
     **dict.fromkeys(
@@ -58,6 +58,7 @@ HARMLESS: dict[str, str] = {
         ),
         OUTPUT,
     ),
+    **dict.fromkeys(("max_position_embeddings", "model_max_length"), LIMIT),
     **dict.fromkeys(("bos_token_id", "eod_token_id", "eos_token_id", "pad_token_id"), TOKENS),
     **dict.fromkeys(
         (

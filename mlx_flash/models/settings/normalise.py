@@ -45,8 +45,8 @@ def settle(config: dict[str, Any]) -> dict[str, Any]:
 def _own(config: dict[str, Any], rules: Rules) -> dict[str, Any]:
     """``settle`` without what is nested."""
     named = _named(config, rules)
-    for key in rules.unread:
-        if named.get(key) is not None:
+    for key, told in rules.unread.items():
+        if named.get(key) is not None and (told is None or told not in named):
             raise ModelError(
                 f"{key} of this {config.get('model_type')} model is written as transformers 5 does "
                 "it, which mlx-lm does not read for this family, so its output would be wrong; "

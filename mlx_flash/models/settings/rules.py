@@ -72,7 +72,8 @@ class Rules:
         only: key -> the values under which mlx-lm computes what transformers does. A function gets
             the config and the value.
         harmless: key -> why its value changes no logit.
-        unread: keys of transformers 5 by which a config is known that mlx-lm cannot read.
+        unread: keys of transformers 5 that mlx-lm cannot read -> the key by which it would be told
+            the same, or None where that is another model.
         translate: what else has to be written anew; gets a config, gives what changes.
         written: keys that ``translate`` reads.
     """
@@ -86,6 +87,6 @@ class Rules:
         default_factory=dict
     )
     harmless: Mapping[str, str] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+    unread: Mapping[str, str | None] = field(default_factory=dict)
     translate: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     written: tuple[str, ...] = ()

@@ -15,7 +15,12 @@ from .rules import Rules
 
 RULES: dict[str, Rules] = OTHERS | DENSE | MIXTURES
 # Families of one text model under another name.
-TEXT_OF = {"qwen3_vl_moe_text": "qwen3_moe", "qwen3_5_moe_text": "qwen3_5_moe"}
+TEXT_OF = {
+    "muse_glimmer_text": "muse_glimmer",
+    "muse_spark_text": "muse_spark",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 # Families with a ``text_config`` -> rules for that, where it does not name its own.
 NESTED = {
     "gemma4": "gemma4_text",
@@ -61,7 +66,7 @@ def place(model_type: str, key: str, computed: Container[str]) -> str | None:
         None for a key that nobody has placed.
     """
     rules = rules_of({"model_type": NESTED.get(model_type, model_type)}) or Rules(None)
-    if key in rules.only or key in rules.unread:
+    if None in rules.unread.values() or key in rules.only or key in rules.unread:
         return "refused"
     if key in HARMLESS or key in rules.harmless:
         return "harmless"
