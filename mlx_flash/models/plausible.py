@@ -19,7 +19,8 @@ MOST_LAYERS = 4096  # of any model; those that are published have up to 200
 MOST = 2**31 - 1  # of any other size: MLX counts an axis in 32 bits
 TIMES = 32  # how often larger than the longest axis a size may be: packed numbers, products
 
-_LAYERS = re.compile(r"(^|_)(layers?|loop_num|loops)$")
+# Not max_window_layers and the like: the number of a layer, which may lie beyond the last.
+_LAYERS = re.compile(r"^(?!max_|.*every_)(.*_)?(layers?|loop_num|loops)$")
 _SIZES = re.compile(
     r"^(num|n)_|(^|_)(num|size|dim|heads?|rank|experts?|embd|inner|width|channels|groups|state)(_|$)"
 )
