@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
+import math
 import os
 import random
 import resource
@@ -31,6 +33,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +150,23 @@ class Worker:
         self._process.wait()
 
 
-def run(count: int, seed: int, seconds: float, memory: int, begin: int = 0) -> dict[str, Any]:
-    """Run mutations ``begin`` to ``begin + count``; figures, and each that should not have been."""
+def run(
+    count: int,
+    seed: int,
+    seconds: float,
+    memory: int,
+    begin: int = 0,
+    tell: Callable[[Any], Any] = lambda _found: None,
+    minutes: float = math.inf,
+) -> dict[str, Any]:
+    """Run mutations ``begin`` to ``begin + count``; figures, and each that should not have been.
+
+    Args:
+        seconds: from which on a mutation hangs.
+        memory: bytes by which the worker may grow.
+        tell: called with each that should not have been.
+        minutes: after which the rest is left out.
+    """
     outcomes: collections.Counter[str] = collections.Counter()
     bad, grown, slowest, start = [], 0, 0.0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -161,10 +179,13 @@ def run(count: int, seed: int, seconds: float, memory: int, begin: int = 0) -> d
                 slowest = max(slowest, found.get("seconds", 0.0))
                 if found["outcome"] in BAD:
                     bad.append(found)
+                    tell(found)
+                if time.monotonic() - start > 60 * minutes:
+                    break
         finally:
             worker.stop()
     return {
-        "mutations": count,
+        "mutations": outcomes.total(),
         "seed": seed,
         **{name: outcomes[name] for name in ("refused", "ran", *BAD)},
         "grown_mb": round(grown / 1e6),
@@ -181,6 +202,7 @@ def main() -> None:
     parser.add_argument("--begin", type=int, default=0, help="number of the first")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60, help="from which on it hangs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then the rest is left out")
     parser.add_argument("--memory", type=parse_ram, default=parse_ram("1.5GB"))
     parser.add_argument("--only", type=int, metavar="NUMBER", help="one of them, here, loudly")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -195,10 +217,9 @@ def main() -> None:
             (base := Path(folder) / "subjects").mkdir()
             print(run_one(make_subjects(base), args.seed, args.only, Path(folder) / "copy", True))
         return
-    found = run(args.count, args.seed, args.seconds, args.memory, args.begin)
-    for one in found.pop("bad"):
-        print(one)
-    print(json.dumps(found))
+    limits = (args.seconds, args.memory, args.begin)
+    found = run(args.count, args.seed, *limits, functools.partial(print, flush=True), args.minutes)
+    print(json.dumps(found | {"bad": len(found["bad"])}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from benchmarks.support.from_tests import from_tests
 from mlx_flash.conversion.convert import convert
 from mlx_flash.model_directory import expert_demand_file
 from mlx_flash.model_directory.directory import ModelDirectory
-from mlx_flash.performance.inspection import describe
+from mlx_flash.performance.inspection import describe, remarks, report
 from mlx_flash.predictors import predictor_file
 from mlx_flash.predictors.predictor_file import LayerPredictor, Predictors
 from mlx_flash.runtime.load import load
@@ -28,6 +28,8 @@ from mlx_flash.runtime.options import PagingOptions
 from .mutators import mutate
 
 LAYERS = 2
+PERPLEXITY = {"perplexity_dense": 10.0, "perplexity_predicted": 10.5}
+MEASURED = {"text": "random", "tokens": 1000, "gain": 0.1}
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def run_gguf(path: Path) -> None:
 def run_directory(path: Path) -> None:
     """Open, describe, hash, load with half of its layers paged, generate two tokens."""
     directory = ModelDirectory(path)
-    describe(directory, PagingOptions(context=64))
+    report(describe(directory, PagingOptions(context=64)))
+    remarks(path)
     list(directory.verify())
     for module in (predictor_file, expert_demand_file):
         if (path / module.NAME).exists():
@@ -133,7 +136,7 @@ def _write_predictors(path: Path) -> None:
         )
         for _ in range(LAYERS)
     ]
-    found = Predictors("low-rank", directory.rows.fingerprint, layers, {"note": "random"})
+    found = Predictors("low-rank", directory.rows.fingerprint, layers, PERPLEXITY)
     predictor_file.write(path / predictor_file.NAME, found)
 
 
@@ -143,7 +146,7 @@ def _write_experts(path: Path) -> None:
         tuple(float(layer.rows - n) for n in range(layer.rows + 1))
         for layer in directory.rows.layers
     )
-    found = expert_demand_file.ExpertDemand(directory.rows.fingerprint, True, curves, {"a": 1})
+    found = expert_demand_file.ExpertDemand(directory.rows.fingerprint, True, curves, MEASURED)
     expert_demand_file.write(path / expert_demand_file.NAME, found)
 
 

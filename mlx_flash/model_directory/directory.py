@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.common.files import sha256_of
-from mlx_flash.common.json_reader import entry as said
-from mlx_flash.common.json_reader import fields, items, plain_name, show, text, whole
+from mlx_flash.common.json_reader import show
 from mlx_flash.errors import DamagedError, FlashError, ModelError, ReadError, RowFileError
 from mlx_flash.models.dtypes import DTYPES
 from mlx_flash.models.families import Ffn
@@ -24,6 +23,7 @@ from mlx_flash.storage.row_file import RowFile
 from mlx_flash.storage.safetensors_header import header
 
 from .config import FORMAT_VERSION, config_sha256, locate_ffn, read_config
+from .flash_object import check_flash, check_quantization, listed_files
 from .links import check_link
 
 
@@ -52,15 +52,16 @@ class ModelDirectory:
             )
         self._ffn, self.mixture = locate_ffn(self.config, self.path)
         try:
-            self.files = _listed_files(flash)
-            row_file = self.path / plain_name(said(flash, "row_file"), "row_file")
-            fingerprint = text(said(flash, "rows_fingerprint"), "rows_fingerprint")
-            layouts = items(said(flash, "layouts"), "layouts")
-            self.unit = text(said(flash, "unit"), "unit")
-            self.dtype = DTYPES[text(said(flash, "dtype"), "dtype")]
-            quantisation = said(flash, "quantization")
+            check_flash(flash)
+            check_quantization(self.config)
+            self.files = listed_files(flash)
+            row_file = self.path / flash["row_file"]
+            fingerprint, layouts = flash["rows_fingerprint"], flash["layouts"]
+            self.unit: str = flash["unit"]
+            self.dtype = DTYPES[flash["dtype"]]
+            quantisation = flash["quantization"]
             self.scheme: QuantScheme | None = scheme_from(quantisation) if quantisation else None
-            self._config_sha256 = text(said(flash, "config_sha256"), "config_sha256")
+            self._config_sha256: str = flash["config_sha256"]
         except (KeyError, TypeError, ValueError, AttributeError, ModelError) as error:
             raise ModelError(
                 f"the flash object in {self.path / 'config.json'} lacks a key, or one has another "
@@ -193,15 +194,3 @@ class ModelDirectory:
                 f"{file} has {found} bytes, expected {expected}; "
                 "copy it again or convert the model again"
             )
-
-
-def _listed_files(flash: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of each file that a config lists; ValueError where it lists others."""
-    found = {}
-    for name, entry in fields(said(flash, "files"), "files").items():
-        entry = fields(entry, f"the entry of {show(name)}")
-        found[plain_name(name, "a name in files")] = {
-            "bytes": whole(said(entry, "bytes", name), f"bytes of {name}"),
-            "sha256": text(said(entry, "sha256", name), f"sha256 of {name}"),
-        }
-    return found

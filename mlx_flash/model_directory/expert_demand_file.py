@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_flash.common import json_reader
 from mlx_flash.common.files import atomic_write, sha256_of_json
-from mlx_flash.common.json_reader import entry, items, number, read_json, show, truth
+from mlx_flash.common.json_reader import entry, items, number, read_json, show, text, truth, whole
 from mlx_flash.errors import DamagedError, PredictorError
 
 from .directory import ModelDirectory
@@ -25,6 +25,7 @@ from .directory import ModelDirectory
 NAME = "experts.json"
 FORMAT = "mlx_flash.experts"
 FORMAT_VERSION = 1
+FIGURES = {"text": text, "tokens": whole, "gain": number}  # of what is measured, shown to people
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ def read(path: Path, fingerprint: str, rows: Sequence[int]) -> ExpertDemand | No
         )
         used = truth(entry(fields, "used"), "used")
         measured = json_reader.fields(entry(fields, "measured"), "measured")
+        for name, check in FIGURES.items():
+            if name in measured:
+                check(measured[name], name)
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: {error}; calibrate again") from error
     if [len(curve) for curve in curves] != [n + 1 for n in rows]:

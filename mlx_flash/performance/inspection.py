@@ -212,6 +212,8 @@ def _read(row: dict[str, Any], info: dict[str, Any]) -> str:
 
 def _demand_line(demand: dict[str, Any]) -> str:
     measured = demand["measured"]
+    if not expert_demand_file.FIGURES.keys() <= measured.keys():
+        return "  demand     measured, the file does not say on what"
     line = f"  demand     measured on {measured['tokens']} tokens of {measured['text']}: "
     if not demand["used"]:
         return line + "layers get equal shares, others did no better"

@@ -33,6 +33,7 @@ from .registry import DIMENSIONS, NONLINEARITIES, WHOLE
 NAME = "predictors.safetensors"
 FORMAT = "mlx_flash.predictors"
 FORMAT_VERSION = 1
+FIGURES = {"perplexity_dense", "perplexity_predicted"}  # of the calibration, shown to people
 SETTINGS = ("kind", "threshold", "nonlinearity", "demand")  # of a layer, in the metadata
 
 
@@ -159,6 +160,8 @@ def read(path: Path, fingerprint: str, rows: Sequence[int], d_model: int) -> Pre
         settings = items(parse_json(entry(metadata, "layers", "it")), "layers")
         layers = [_layer(fields(one, f"layer {i}")) for i, one in enumerate(settings)]
         measured = fields(parse_json(entry(metadata, "measured", "it")), "measured")
+        for name in FIGURES & measured.keys():
+            number(measured[name], name)
         kind, rows_of = (entry(metadata, name) for name in ("kind", "rows_fingerprint"))
         found = Predictors(kind, rows_of, layers, measured)
     except ValueError as error:
