@@ -14,8 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mlx_flash.common.files import written
 from mlx_flash.common.json_reader import fields, read_json
-from mlx_flash.errors import FlashError, FlashWarning, ModelError
+from mlx_flash.errors import ConvertError, FlashError, FlashWarning, ModelError
 from mlx_flash.model_directory.config import write_config
 from mlx_flash.model_directory.links import check_link
 from mlx_flash.model_directory.tokenizer import CONFIG, TEMPLATES, load_tokenizer
@@ -92,7 +93,15 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     path = checkpoint.path
     with TemporaryDirectory(prefix="mlx_flash-") as folder:
         out = Path(folder)
-        checkpoint.write_tokenizer(out)
+        try:
+            checkpoint.write_tokenizer(out)
+        except OSError as error:
+            if isinstance(error, FlashError):
+                raise
+            raise ConvertError(
+                f"writing {written(error) or out} failed: {error.strerror}; the tokenizer is tried "
+                "there: make room, or set TMPDIR to another folder"
+            ) from error
         there = sorted({file.name for pattern in VOCABULARIES for file in out.glob(pattern)})
         if not there:
             raise ModelError(
@@ -128,8 +137,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def _check_json(file: Path, path: Path) -> None:
     try:
-        json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        read_json(file)
+    except ValueError as error:
         raise ModelError(
             f"{path / file.name} is cut off or no JSON: {error!s:.200}; download it again"
         ) from error

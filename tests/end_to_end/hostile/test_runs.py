@@ -87,12 +87,18 @@ def test_a_row_file_that_is_written_to_while_in_use(model):
     loaded.flash.close()
 
 
-def test_a_full_disk_is_told_by_the_file_that_was_written(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["out.partial", "mlx_flash-"])
+def test_a_full_disk_is_told_by_the_file_that_was_written(source, tmp_path, monkeypatch, where):
+    """That of the output, or the one where the tokenizer is tried first; never the source."""
+    copy = shutil.copyfile
+
     def full(here, there, *_, **__):
+        if where not in str(there):
+            return copy(here, there)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(here), None, str(there))
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(ConvertError, match=r"writing .*out\.partial/tokenizer.* failed: No space"):
+    with pytest.raises(ConvertError, match=rf"writing .*{where}.*/tokenizer.* failed: No space"):
         convert(source, tmp_path / "out")
 
 
