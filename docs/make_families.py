@@ -24,7 +24,7 @@ An unknown family is an error. So is a config that names an activation which wou
 
 Quantised weights: affine with 2 to 8 bits in groups of 32, 64 or 128, MXFP4 and MXFP8, the same for
 all tensors or mixed. They come from `convert -q`, from checkpoints that mlx-lm quantised, and from
-GGUF files ([mixtures.md](mixtures.md)).
+GGUF files ([gguf.md](gguf.md)).
 """
 
 DENSE = """

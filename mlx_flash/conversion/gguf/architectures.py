@@ -128,11 +128,11 @@ def _gpt_oss(keys: Keys, config: Mapping[str, Any], _names: Names) -> dict[str, 
 
 
 def _phi3(keys: Keys, _config: Mapping[str, Any], _names: Names) -> dict[str, Any]:
-    original = keys.get("rope.scaling.original_context_length")
-    window = keys.get("attention.sliding_window")  # 0 for none
-    return ({"original_max_position_embeddings": original} if original else {}) | (
-        {"sliding_window": window} if window else {}
-    )
+    names = {
+        "original_max_position_embeddings": "rope.scaling.original_context_length",
+        "sliding_window": "attention.sliding_window",  # 0 for none
+    }
+    return {key: keys.size(name) for key, name in names.items() if keys.get(name)}
 
 
 def _cohere(keys: Keys, config: Mapping[str, Any], names: Names) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.constants import GGML_QUANT_SIZES
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -102,7 +102,7 @@ def find_places(
     if config.get("tie_word_embeddings"):
         parameters.pop("lm_head.weight", None)
     layers = config["num_hidden_layers"]
-    known = get_tensor_name_map(ARCHS.get(arch, MODEL_ARCH.LLAMA), layers)
+    known = get_tensor_name_map(ARCHS[arch], layers)
     sources = {
         name: _source(name, known.get_name(name, (".weight", ".bias"))) for name in parameters
     }
