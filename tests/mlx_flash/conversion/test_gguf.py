@@ -772,11 +772,10 @@ def scaling(make, factors=None, **meta):
 def test_rope_scaling(make):
     assert scaling(make) is None
     assert scaling(make, scaling__type="none", scaling__factor=2.0) is None
-    linear = {"type": "linear", "rope_type": "linear", "factor": 2.5}
+    linear = {"rope_type": "linear", "factor": 2.5}
     assert scaling(make, scaling__type="linear", scaling__factor=2.5) == linear
     assert scaling(make, scale_linear=2.5) == linear
-    yarn = {"type": "yarn", "rope_type": "yarn", "factor": 4.0}
-    yarn |= {"original_max_position_embeddings": 32}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     meta = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 32}
     assert scaling(make, **meta) == yarn
     assert scaling(make, **meta, scaling__yarn_beta_fast=16.0) == yarn | {"beta_fast": 16.0}

@@ -28,13 +28,7 @@ def logits(model, tokens, whole):
     return np.concatenate(found)
 
 
-PENDING = pytest.mark.xfail(reason="the family's own GELU and windows are not computed yet")
-PENDING_CASES = ("gemma", "gemma2", "starcoder2")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(c, marks=PENDING if c in PENDING_CASES else ()) for c in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(tmp_path, name):
     case = write_golden(tmp_path / "tiny.gguf", name)
     out = convert(tmp_path / "tiny.gguf", tmp_path / "out", dtype="float32")
