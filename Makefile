@@ -1,7 +1,7 @@
 # Each target makes its own virtual environment first; the second time that costs nothing.
 PYTHON ?= python3
-# Processes that run tests: MLX's CPU back end computes on one core.
-WORKERS ?= 2
+# Processes that run tests, for two cores: MLX's CPU back end computes on one, and tests wait for disks.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
