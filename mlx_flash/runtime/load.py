@@ -31,6 +31,7 @@ from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
 
 from .foreign_errors import foreign_errors
+from .kernels import check_temporary, compile_first
 from .kv_policy import DEFAULT_KV, KVPolicy
 from .literal_path import LiteralPath
 from .memory_plan import plan_for
@@ -38,7 +39,6 @@ from .memory_requirements import memory_requirements
 from .options import PagingOptions, policy_spec
 from .paged_model import PagedModel
 from .pagers import back_end
-from .temporary_files import check_temporary
 
 
 def load(
@@ -120,6 +120,8 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
     back_end.check_back_end(directory)
     if mx.default_device().type == mx.DeviceType.cpu:
         check_temporary()
+        if options.ram is not None:
+            compile_first(directory.config["flash"]["activation"], directory.dtype)
     selection = choose_predictors(directory, options)
     reader = RowReader(directory.rows)
     flash: PagedModel | None = None

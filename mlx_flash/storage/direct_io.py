@@ -137,13 +137,21 @@ class OpenedFile:
                 )
             done += got
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, place: Callable[[int], str]) -> None:
         """Raise DamagedError where the file was written to since it was opened.
 
         Its size and time are those of the file that is open: another one that was given its name,
         as every writer of this package does it, is not looked at and does no harm.
+
+        Args:
+            place: names what lies at an offset, for errors.
         """
-        if self._stamp() != self._written:
+        size, _ = found = self._stamp()
+        if size < self._written[0]:
+            raise DamagedError(
+                f"{self.path} ended at byte {size} inside {place(size)}; it was cut while in use"
+            )
+        if found != self._written:
             raise DamagedError(
                 f"{self.path} was written to while it was in use, so its rows are not those of the "
                 "model any more; load the model again, after mlx_flash verify"

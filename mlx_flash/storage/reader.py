@@ -317,7 +317,7 @@ class RowReader:
                 f"{os.getpid()}, was forked since, without its threads; load the model in the "
                 "process that uses it (multiprocessing: start method spawn)"
             )
-        self._opened.check_unchanged()
+        self._opened.check_unchanged(self._place_in_file)
 
     def _check_open(self) -> None:
         if not self._open:
@@ -359,6 +359,10 @@ class RowReader:
     def _place(self, layer: int, offset: int) -> str:
         extent = self.file.layers[layer]
         return f"layer {layer}, row {(offset - extent.offset) // extent.layout.stride}"
+
+    def _place_in_file(self, offset: int) -> str:
+        begun = [i for i, layer in enumerate(self.file.layers) if layer.offset <= offset]
+        return self._place(begun[-1], offset) if begun else "the header"
 
     def _enter(self, needed: bool) -> None:
         with self._lock:

@@ -1,4 +1,8 @@
-"""Where MLX compiles its CPU kernels: a folder that has to be there, with some room."""
+"""Kernels that MLX's CPU back end compiles the first time that it needs them, and keeps as files.
+
+The compiler is a process of its own that takes up to 150 MB. It is run, if at all, before a budget
+is planned, so that it does not come on top of a model that is in memory by then.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import mlx.core as mx
+from mlx_lm.models.activations import swiglu
+
 from mlx_flash.common.files import FULL
 from mlx_flash.errors import ModelError
+from mlx_flash.models.activations import FUNCTIONS
 
 VARIABLES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")  # in the order in which C++ asks for them
 ROOM = 1 << 20  # bytes that a kernel, its source and what the compiler leaves beside it may take
@@ -33,3 +41,16 @@ def check_temporary() -> None:
             f"{folder} cannot be written: {error.strerror}; MLX compiles its kernels there: "
             f"{room}{advice}"
         ) from error
+
+
+def compile_first(activation: str, dtype: mx.Dtype) -> None:
+    """Have the kernels of a model's FFN compiled, if they are not yet.
+
+    Args:
+        activation: a name in ``FUNCTIONS``; "" and others are of mixtures, most of which have
+            gated FFNs with silu, or have parameters of their own.
+        dtype: that the model computes in.
+    """
+    x = mx.ones((1, 1, 64), dtype)
+    function = FUNCTIONS.get(activation)
+    mx.eval(swiglu(x, x) if activation in ("silu", "") else function(x) if function else x)
