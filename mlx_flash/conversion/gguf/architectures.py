@@ -249,7 +249,7 @@ MIXTRAL = Architecture(
     "MixtralForCausalLM",
     permuted=True,
     sizes=_LOCAL,
-    implied={"expert_gating_func": _SOFTMAX},
+    implied={"expert_gating_func": _SOFTMAX, "expert_weights_norm": True},
 )
 # general.type of files that are no model by themselves -> what they are.
 NO_MODELS = {
