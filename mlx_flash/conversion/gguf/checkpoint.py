@@ -171,6 +171,7 @@ def find_model(
     tokenizer.check(meta)
     check_layers(tensors, keys.size("block_count"), entry.model_type)
     config = model_config(entry, keys, tensors, _vocab_size(meta, keys, tensors))
+    _check_width(config["hidden_size"], tensors)
     vectors = _rope_vectors(keys, config, tensors)
     if scaling := rope.rope_scaling(keys, config, vectors):
         yarn = entry.yarn if scaling.get("rope_type") == "yarn" else {}
@@ -199,6 +200,16 @@ def _vocab_size(meta: dict[str, Any], keys: Keys, tensors: dict[str, Tensor]) ->
             f"({keys.arch}.vocab_size: {stated})"
         )
     return rows
+
+
+def _check_width(hidden: int, tensors: dict[str, Tensor]) -> None:
+    """Raises ModelError for a width that the file does not have, before a model of it is made."""
+    embedding = tensors.get("token_embd.weight")
+    if embedding and embedding.shape[-1] != hidden:
+        raise ModelError(
+            "shapes that contradict the metadata or the type: token_embd.weight "
+            f"{embedding.shape}, expected rows of {hidden}"
+        )
 
 
 def _rope_vectors(

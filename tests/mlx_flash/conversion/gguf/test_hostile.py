@@ -159,6 +159,18 @@ def test_layers_are_compared_with_the_file_before_a_model_is_made(tmp_path):
     assert seconds < 5 and peak < 64 << 20
 
 
+def test_widths_are_compared_with_the_file_before_a_model_is_made(tmp_path):
+    """Heads have norms of their own here: half a billion of them would be made."""
+    case = golden("stablelm-12b")
+    keys = metadata(case.config) | {"embedding_length": 2**32 - 2, "rope.dimension_count": 2}
+    keys |= {"attention.head_count": 2**31 - 1, "attention.head_count_kv": 2**31 - 1}
+    meta = {f"stablelm.{k}": v for k, v in keys.items()} | vocabulary(64)
+    path = write(tmp_path / "x.gguf", "stablelm", meta, converted(case.config, case.weights))
+    error, seconds, peak = opened(path)
+    assert "token_embd.weight (64, 32), expected rows of 4294967294" in str(error)
+    assert seconds < 5 and peak < 64 << 20
+
+
 # ---------------------------------------------------------------- files that are no model
 
 
