@@ -102,3 +102,22 @@ def test_plan(relu, mac, monkeypatch, tmp_path, capsys):
     assert len(facts) == 1
     assert facts[0]["machine"].startswith("Apple M2 Pro, Mac14,9, ")
     assert (facts[0]["engine"], facts[0]["direct"]) == ("threads", True)
+
+
+def test_speeds_are_of_one_machine(relu, mac, monkeypatch):
+    """A home that moves to another Mac does not take the old one's speeds with it."""
+    reader = RowReader(ModelDirectory(relu).rows)
+    measured = []
+
+    def measure(*_):
+        measured.append(mac.machine_name())
+        return disk_speed.DiskSpeed((1,), (0.1,), (4096.0,), (1.0,), 1e9, "today")
+
+    monkeypatch.setattr(disk_speed, "measure_disk", measure)
+    models = (b"Mac14,9\0", b"Mac16,1\0", b"Mac14,9\0")
+    for model in models:
+        mac._library.values["hw.model"] = model
+        disk_speed.disk_speed(reader)
+    reader.close()
+    assert len(measured) == 2
+    assert ["Mac14,9" in measured[0], "Mac16,1" in measured[1]] == [True, True]
