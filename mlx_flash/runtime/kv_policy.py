@@ -278,12 +278,23 @@ def _leaf_bytes(leaf: Any, context: int) -> int:
     return tokens * sum(a.nbytes // a.shape[2] for a in arrays)
 
 
-def _tokens(leaf: Any, coming: int, chunk: int) -> int | None:
-    """Tokens in one cache at most while more come; None for one that does not count them."""
+def _offset(leaf: Any) -> int | None:
+    """Tokens that went into one cache, of a batch the most; None where they are not counted."""
     offset = getattr(leaf, "offset", None)
     if hasattr(offset, "max"):  # of a batch
         offset = max(0, int(offset.max().item()))
-    if not isinstance(offset, int):
+    return offset if isinstance(offset, int) else None
+
+
+def tokens_seen(cache: Any) -> int:
+    """Tokens of a text that a prompt cache has seen, those that it has dropped included."""
+    return max((_offset(leaf) or 0 for leaf in leaves(cache)), default=0)
+
+
+def _tokens(leaf: Any, coming: int, chunk: int) -> int | None:
+    """Tokens in one cache at most while more come; None for one that does not count them."""
+    offset = _offset(leaf)
+    if offset is None:
         return None
     size = getattr(leaf, "max_size", None)
     return offset + coming if size is None else min(offset + coming, size + chunk - 1)

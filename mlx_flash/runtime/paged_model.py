@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_flash.common.sizes import show
-from mlx_flash.errors import BudgetError
+from mlx_flash.errors import BudgetError, FlashWarning
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.bounded_embedding import bound_embeddings
 from mlx_flash.paging import flash_embedding
@@ -26,7 +27,7 @@ from mlx_flash.predictors.selection import Selection
 from mlx_flash.storage.reader import ReadStats, RowReader
 
 from .cache_limit import limit_cache
-from .kv_policy import make_kv_policy
+from .kv_policy import make_kv_policy, tokens_seen
 from .memory_plan import Plan
 from .options import PagingOptions
 from .pagers.choose import make_pager
@@ -88,6 +89,7 @@ class PagedModel:
         self.kv = make_kv_policy(options.kv, directory)
         self.max_tokens: int | None = None
         self._retained = RetainedCaches()
+        self._positions = directory.positions
         self._ram = 0
         self._release: Callable[[], object] = lambda: None
         self._forwards = 0
@@ -193,19 +195,22 @@ class PagedModel:
             self.reader.check_usable()
         with self._lock:
             self._check_context(cache, batch, length, length if whole else step)
+            seen = tokens_seen(cache) + length
             try:
                 if whole:
-                    return self._counted(forward, inputs, cache, extra)
-                outputs = []
-                for start in range(0, length, step):
-                    chunk = inputs[:, start : start + step]
-                    outputs.append(self._counted(forward, chunk, cache, {}))
-                    mx.eval([c.state for c in cache])
+                    outputs = [self._counted(forward, inputs, cache, extra)]
+                else:
+                    outputs = []
+                    for start in range(0, length, step):
+                        chunk = inputs[:, start : start + step]
+                        outputs.append(self._counted(forward, chunk, cache, {}))
+                        mx.eval([c.state for c in cache])
             except BaseException:
                 if self.stream:
                     self.stream.close()
                 raise
-        return self._joined(outputs)
+        self._look_at_positions(seen)
+        return outputs[0] if whole else self._joined(outputs)
 
     def _joined(self, outputs: list[Any]) -> Any:
         """Logits of a prompt's chunks as one array, as far as the budget has room for it."""
@@ -222,6 +227,20 @@ class PagedModel:
         if self.max_tokens is not None:
             self._retained.note(cache)
         return output
+
+    def _look_at_positions(self, seen: int) -> None:
+        """Warn, once, where a text has more tokens than the model was made for.
+
+        Rotary positions go on beyond that, in worse text; tables of learned ones raise an error.
+        """
+        if self._positions and seen > self._positions:
+            warnings.warn(
+                f"{seen} tokens are more than the {self._positions} positions that "
+                f"{self.directory.path} was made for; text gets worse from there on",
+                FlashWarning,
+                stacklevel=4,
+            )
+            self._positions = None
 
     def _check_context(self, cache: Any, batch: int, length: int, chunk: int) -> None:
         """Raise BudgetError where ``length`` more tokens would outgrow what is planned for."""

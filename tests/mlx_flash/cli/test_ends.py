@@ -1,15 +1,18 @@
 """Beyond the last position and the last token there is one line, from every entry."""
 
+import warnings
+
 import mlx.core as mx
 import pytest
 from mlx_lm import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
 from support.commands import run_command
 from support.tiny import make_checkpoint, write_tokenizer
 
 from mlx_flash import load
 from mlx_flash.calibration.text_run import tokenised
 from mlx_flash.conversion.convert import convert
-from mlx_flash.errors import ModelError
+from mlx_flash.errors import FlashWarning, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.runtime.memory_requirements import default_context
 
@@ -66,7 +69,8 @@ def test_learned_positions_from_python(gpt2, way):
     model, tokenizer = load(gpt2, **way)
     tokenizer.eos_token_ids = set()
     found = []
-    with pytest.raises(ModelError, match="65 tokens are more than the 64"):
+    with warnings.catch_warnings(), pytest.raises(ModelError, match="65 tokens are more than"):
+        warnings.simplefilter("error", FlashWarning)  # it is an error, and not a warning besides
         for step in stream_generate(model, tokenizer, [5] * 50, max_tokens=60):
             found.append(step.token)
     assert len(found) >= 13
@@ -79,6 +83,20 @@ def test_a_limit_scaled_by_rope(yarn, capsys):
     assert run_command(capsys, "generate", "--model", yarn, *RAW, text, "-m", 4)[0] == 0
     code, _, err = run_command(capsys, "generate", "--model", yarn, *RAW, text, "-m", 400)
     assert code == 2 and "more than the 512 positions" in err
+
+
+def test_rotary_positions_from_python(yarn):
+    """They go on, as in mlx-lm, with a word, once."""
+    model, _ = load(yarn, kept_share=0.0)
+    cache = make_prompt_cache(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FlashWarning)
+        model(mx.zeros((1, 512), mx.int32), cache=cache)
+    with pytest.warns(FlashWarning, match="513 tokens are more than the 512 positions"):
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FlashWarning)
+        model(mx.zeros((1, 1), mx.int32), cache=cache)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
