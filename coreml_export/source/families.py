@@ -11,12 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from coreml_export.errors import ExportError
 from mlx_flash.errors import ModelError
 from mlx_flash.models import families
 from mlx_flash.models.decoders.falcon import alibi_slopes
 from mlx_flash.models.decoders.opt import FIRST_POSITION
+from mlx_flash.models.rope_override import TwoRopes
+from mlx_flash.models.settings.table import rules_of
+from mlx_flash.models.settings.windows import windowed_layers
 
 from .decoder_spec import Attention, Decoder, Ffn, Layer, Linear, Norm, Tensor
 from .weights_source import Source
@@ -95,11 +99,22 @@ def split_halves(heads: int, head_dim: int, dims: int) -> np.ndarray:
     return np.concatenate([pairs[:, 0::2], pairs[:, 1::2], order[:, dims:]], axis=1).reshape(-1)
 
 
-def _dynamic_limit(rope: Any, limit: int | None) -> int | None:
-    """The context limit; dynamic scaling changes MLX's frequencies beyond the original length."""
-    if type(rope).__name__ != "DynamicNTKScalingRoPE":
-        return limit
-    return min(rope.max_position_embeddings, limit or rope.max_position_embeddings)
+def _limit(source: Source, rope: Any, limit: int | None) -> int | None:
+    """The longest context for which one table of positions will do, and no layer's window counts.
+
+    Args:
+        rope: the module of rotary positions, if there is one.
+        limit: what the family says.
+    """
+    limits = [limit]
+    rules = rules_of(source.config)
+    if rules and (found := windowed_layers(source.config, rules)):
+        limits.append(found[0])
+    if isinstance(rope, TwoRopes):
+        limits.append(rope.limit)
+    if isinstance(rope, DynamicNTKScalingRoPE):
+        limits.append(rope.max_position_embeddings)
+    return min((found for found in limits if found), default=None)
 
 
 def _decoder(
@@ -123,6 +138,7 @@ def _decoder(
         "scale": head_dim**-0.5,
     }
     fields = common | other
+    fields["limit"] = _limit(source, fields.get("rope"), fields.get("limit"))
     return Decoder(layers=layers, head_dim=head_dim, embedding=Tensor(embedding), **fields)
 
 
@@ -175,7 +191,7 @@ def _llama(source: Source, table: families.Ffn) -> Decoder:
         rope=rope,
         rope_dims=head_dim,
         rope_traditional=traditional,
-        limit=_dynamic_limit(rope, sliding),
+        limit=sliding,
     )
 
 
@@ -317,7 +333,6 @@ def _persimmon(source: Source, table: families.Ffn) -> Decoder:
         final_norm=_norm(source, "model.final_layernorm", "layer", eps),
         rope=rope,
         rope_dims=_rope_dims(rope),
-        limit=_dynamic_limit(rope, None),
     )
 
 

@@ -69,6 +69,11 @@ class TwoRopes(nn.Module):
         super().__init__()
         self._short, self._long, self._limit = short, long, limit
 
+    @property
+    def limit(self) -> int:
+        """Tokens of the longest text that counts as short."""
+        return self._limit
+
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """``x`` [batch, heads, length, head size] rotated by positions from ``offset`` on.
 

@@ -6,6 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import tiny
 from support.coreml_tools import (
     CONTEXT,
     FIXTURES,
@@ -72,6 +73,32 @@ def test_a_window_is_refused_beyond_it(tmp_path):
     model = checkpoint(tmp_path / "model", "bamboo", sliding_window=64)
     with pytest.raises(FlashError, match="64 only"):
         make(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "limit"),
+    [
+        ("mistral", {"sliding_window": 96}, 96),
+        ("qwen2", {"sliding_window": 80, "use_sliding_window": True, "max_window_layers": 0}, 80),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 512),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 72,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                }
+            },
+            72,
+        ),
+    ],
+)
+def test_contexts_end_where_a_window_or_other_positions_begin(tmp_path, family, settings, limit):
+    model = tiny.make_checkpoint(tmp_path / "model", family, **settings)
+    assert describe(Source(model)).limit == limit
 
 
 def test_rope_tables_are_those_of_mlx(tmp_path):
