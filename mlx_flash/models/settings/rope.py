@@ -160,7 +160,18 @@ def _scaling(
         found["partial_rotary_factor"] = settings["partial_rotary_factor"]
     if kind == "yarn" and settings.get("factor", 1) is None:
         found["factor"] = _ratio(config, found)
-    if missing := [key for key in NEEDED[kind] if key not in found]:
+    needed = NEEDED[kind]
+    if rope.mscales:
+        if kind != "longrope":
+            raise _error(
+                config,
+                "rope_type",
+                kind,
+                "which is not computed for this family, so its output would be wrong; expected "
+                "default or longrope",
+            )
+        needed += ("short_mscale", "long_mscale")
+    if missing := [key for key in needed if key not in found]:
         raise _missing(config, settings, *missing)
     for key in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
         value = found.get(key, 1.0)

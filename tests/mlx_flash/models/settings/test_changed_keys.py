@@ -137,7 +137,7 @@ def _ropes(rope: dict[str, Any], config: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def _windows(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    count, on = config["num_hidden_layers"], {"sliding_window": 8}
+    count, on = config.get("num_hidden_layers", 0), {"sliding_window": 8}
     if "use_sliding_window" in config:
         on["use_sliding_window"] = True
     kinds = {"sliding_attention", "full_attention"}
@@ -203,13 +203,15 @@ APART = {
     "minicpm3": "transformers cannot make the tiny config",
     "minimax": "MiniMax-M2 in mlx-lm, another model in transformers",
     "nanochat": "transformers' names of tensors are refused",
-    "nemotron_h": "transformers limits its time steps by another key",
     "olmo_hybrid": "transformers' names of tensors are refused",
     "recurrent_gemma": "the tiny config's keys are not transformers'",
     "solar_open": "the tiny config's first layer is dense",
     "longcat_flash": "transformers cannot make the tiny config",
     "step3p5": "is refused",
 }
+# transformers looks up the long factors and then rotates by the short ones; the published code of
+# Phi-3.5-MoE does not.
+OTHERWISE = {"phimoe": {"rope longrope", "rope longrope factor", "rope longrope attention"}}
 SENSES = {"kimi_k25", "llama4", "minimax_m3_vl", "mistral3", "mistral4", "muse_glimmer"}
 SENSES |= {"muse_spark", "qwen3_5_moe", "qwen3_vl_moe", "gemma4"}  # no text model alone
 FAMILIES = sorted(
@@ -258,6 +260,9 @@ def test_every_key_is_computed_or_refused(family, tmp_path):
         except Exception:  # transformers', of a value that it cannot take
             continue
         found[change] = outcome(tmp_path / str(number), changed)
-    wrong = {k: v for k, v in found.items() if v not in ("equal", "refused", "skipped")}
+    right = ("equal", "refused", "skipped")
+    wrong = {
+        k: v for k, v in found.items() if v not in right and k not in OTHERWISE.get(family, ())
+    }
     assert wrong == {}
     assert Counter(found.values())["equal"] >= 9  # the table refuses no more than it has to
