@@ -28,6 +28,22 @@ def full_every_nth(config: Mapping[str, Any], value: Any) -> bool:
     ]
 
 
+def full_attention_interval(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The n of every n-th layer that attends to the whole text, from the kinds of all."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or "full_attention" not in kinds:
+        return {}
+    return {"full_attention_interval": kinds.index("full_attention") + 1}
+
+
+def minimax_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How many numbers of a head MiniMax-M2 rotates; transformers 5 writes their share."""
+    if config.get("rotary_dim") is not None:
+        return {}
+    share = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+    return {"rotary_dim": int((config.get("head_dim") or 0) * (1 if share is None else share))}
+
+
 def rope_but_every_fourth(config: Mapping[str, Any], value: Any) -> bool:
     """Whether all layers but every fourth have rotary positions."""
     return [bool(v) for v in value] == [bool((i + 1) % 4) for i in range(len(value))]

@@ -86,6 +86,8 @@ def one_per_kind(config: Mapping[str, Any]) -> dict[str, Any]:
             )
         if values:
             found[new] = next(iter(values.values()))
+    if "per_layer_config" in config and config.get("head_dim"):
+        found.setdefault("global_head_dim", config["head_dim"])
     if strange := sorted({key for entry in own.values() for key in entry} - names.keys()):
         raise ModelError(
             f"per_layer_config of this {config.get('model_type')} model has {strange[0]}, which "

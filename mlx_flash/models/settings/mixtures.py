@@ -5,7 +5,9 @@ from __future__ import annotations
 from .checks import (
     dense_first,
     every,
+    full_attention_interval,
     full_every_nth,
+    minimax_rotation,
     rope_but_every_fourth,
     sparse_layers,
     time_limits,
@@ -58,6 +60,7 @@ MIXTURES: dict[str, Rules] = {
     "exaone_moe": Rules(
         window="typed",
         native_window="layer_types",
+        absent={"head_dim": _heads},
         only=SILU | {"sliding_window": _for_some_layer},
         harmless={"first_k_dense_replace": "mlp_layer_types says it"},
         translate=sparse_layers,
@@ -149,6 +152,12 @@ MIXTURES: dict[str, Rules] = {
         only=SILU,
         harmless=LATENT | {"intermediate_size": "dense layers have moe_intermediate_size"},
     ),
+    "minimax_m2": Rules(
+        Rope(kinds=PLAIN, default_theta=5000000.0),
+        absent={"head_dim": _heads, "shared_intermediate_size": 0},  # the latter is not read
+        only=SILU,
+        translate=minimax_rotation,
+    ),
     "mixtral": Rules(
         Rope(kinds=PLAIN, default_theta=1000000.0),
         window="every",
@@ -203,6 +212,7 @@ MIXTURES: dict[str, Rules] = {
     "qwen3_next": Rules(
         Rope(share="partial_rotary_factor", uses_share=True, default_share=0.25),
         only=SILU | {"layer_types": full_every_nth},
+        translate=full_attention_interval,
     ),
     "qwen3_5_moe": Rules(
         Rope(reads_new=True, replaceable=False),
