@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 FOLDER = Path(__file__).parent
 # Name -> file, of make_golden.py and of make_reference.py.
@@ -35,10 +37,17 @@ class Golden:
         self.weights = {name: tensor.astype(mx.float32) for name, tensor in tensors.items()}
 
     def write(self, path: Path, **overrides: Any) -> Path:
-        """Make a checkpoint directory, some keys of its config others; returns it."""
+        """Make a checkpoint directory, some keys of its config others; returns it.
+
+        Its tokenizer knows a word for each token number.
+        """
         path.mkdir()
         (path / "config.json").write_text(json.dumps(self.config | overrides))
         mx.save_safetensors(str(path / "model.safetensors"), self.weights, {"format": "pt"})
+        words = {f"word{n}": n for n in range(self.config["vocab_size"])}
+        Tokenizer(WordLevel(words, unk_token="word0")).save(str(path / "tokenizer.json"))
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "word2"}
+        (path / "tokenizer_config.json").write_text(json.dumps(about))
         return path
 
 

@@ -220,7 +220,7 @@ MIXTURES: dict[str, Rules] = {
     ),
     "solar_open": Rules(
         Rope(share="partial_rotary_factor", uses_share=True, default_theta=1000000.0, kinds=PLAIN),
-        absent={"intermediate_size": 0, "first_k_dense_replace": 0},
+        absent={"intermediate_size": 0, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0},
         only=SILU | UNTIED,
     ),
 }
