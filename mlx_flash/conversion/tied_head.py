@@ -66,8 +66,8 @@ def head_left_in(model: nn.Module, files: Iterable[Path]) -> tuple[set[str], boo
         files: safetensors of the checkpoint.
 
     Returns:
-        (names, own): no names where the model has a head or the files have none; ``own`` where the
-        head is not the embedding again.
+        (names, own): no names where the model has a head, or the files have none, or no embedding
+        beside it; ``own`` where the head is not the embedding again.
     """
     if has_head(model):
         return set(), False
@@ -83,6 +83,8 @@ def head_left_in(model: nn.Module, files: Iterable[Path]) -> tuple[set[str], boo
                 modules.setdefault(base, {})[part] = stored
     heads = {base: parts for base, parts in modules.items() if HEAD.fullmatch(base)}
     others = [parts for base, parts in modules.items() if base not in heads]
+    if not others:  # it stands alone; the model's own ``sanitize`` puts it in the embedding's place
+        return set(), False
     names = {f"{base}.{part}" for base, parts in heads.items() for part in parts}
     return names, not all(any(_same(h, other) for other in others) for h in heads.values())
 
