@@ -1,4 +1,4 @@
-"""Some hundred mutations of tiny models: nothing but FlashErrors, no hang, little memory."""
+"""Mutations of tiny models, six of each kind: nothing but FlashErrors, no hang, little memory."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from benchmarks.robustness import mutations, mutators
 
 def test_mutations_end_in_one_line(request):
     whole = request.config.getoption("--whole")
-    found = mutations.run(3000 if whole else 160, seed=7, seconds=120, memory=1_500_000_000)
+    found = mutations.run(3000 if whole else 48, seed=7, seconds=120, memory=1_500_000_000)
     assert not found["bad"]
     assert found["refused"] + found["ran"] == found["mutations"]
     assert found["refused"] > found["mutations"] // 3  # most changes are noticed
