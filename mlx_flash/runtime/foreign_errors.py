@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from mlx_flash.errors import FlashError, ModelError
 from mlx_flash.model_directory.directory import ModelDirectory
 
+LINES, CHARACTERS = 3, 500  # of another library's error that are shown
+
 
 @contextmanager
 def foreign_errors(
@@ -21,5 +23,11 @@ def foreign_errors(
     except Exception as error:
         raise ModelError(
             f"{directory.path} cannot be loaded, {what} were changed: "
-            f"{type(error).__name__}: {error}; convert the model again"
+            f"{type(error).__name__}: {_first_lines(error)}; convert the model again"
         ) from error
+
+
+def _first_lines(error: Exception) -> str:
+    """What an error says, without what some of them list: every tensor, every key."""
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[:LINES])[:CHARACTERS] + (", ..." if len(lines) > LINES else "")
