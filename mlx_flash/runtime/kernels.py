@@ -6,6 +6,7 @@ is planned, so that it does not come on top of a model that is in memory by then
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -36,6 +37,8 @@ def check_temporary() -> None:
             f.write(bytes(ROOM))
             f.flush()
     except OSError as error:
+        if error.errno == errno.EFBIG:  # a limit on any file of this process (ulimit -f)
+            return
         room = "make room, or " if error.errno in FULL else ""
         raise ModelError(
             f"{folder} cannot be written: {error.strerror}; MLX compiles its kernels there: "
