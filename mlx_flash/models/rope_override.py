@@ -3,7 +3,8 @@
 A family whose module ignores ``rope_scaling`` is made with plain positions, which are replaced;
 yarn without truncation, LongRope with its short factors and "dynamic" are computed for all. The
 last two depend on how long a text is. What has been rotated for a short one stays so in its cache,
-so a text that outgrows the limit step by step is refused. Source: ``modeling_rope_utils`` of
+so a text that outgrows the limit step by step is refused, unless LongRope's is known to beforehand
+(``fit_context``). Source: ``modeling_rope_utils`` of
 transformers 5.24.
 """
 
@@ -63,11 +64,26 @@ class TwoRopes(nn.Module):
     Args:
         short: for texts up to ``limit`` tokens.
         long: gets the number of tokens of a longer text.
+        one_for_all: whether all longer texts have the same.
     """
 
-    def __init__(self, short: nn.Module, long: Callable[[int], nn.Module], limit: int) -> None:
+    def __init__(
+        self,
+        short: nn.Module,
+        long: Callable[[int], nn.Module],
+        limit: int,
+        one_for_all: bool = False,
+    ) -> None:
         super().__init__()
         self._short, self._long, self._limit = short, long, limit
+        self._one_for_all = one_for_all
+        load = "load the model with the context that you need"
+        self._instead = load if one_for_all else "give a longer text whole, in one pass"
+
+    def fit_context(self, context: int) -> None:
+        """See the function of that name."""
+        if self._one_for_all and context > self._limit:
+            self._limit = 0
 
     @property
     def limit(self) -> int:
@@ -87,7 +103,7 @@ class TwoRopes(nn.Module):
                 raise ModelError(
                     f"a text outgrows {self._limit} tokens, from where on the positions of this "
                     "model are scaled otherwise, the earlier ones too; keep to "
-                    f"{self._limit} tokens, or give a longer text whole, in one pass"
+                    f"{self._limit} tokens, or {self._instead}"
                 )
         end = max(starts) + length
         if end <= self._limit:
@@ -97,6 +113,17 @@ class TwoRopes(nn.Module):
             return rotated
         long = (offset + length > self._limit).reshape(-1, 1, 1, 1)
         return mx.where(long, rotated, self._short(x, offset))
+
+
+def fit_context(model: nn.Module, context: int) -> None:
+    """Let LongRope rotate for texts of ``context`` tokens from the first token on.
+
+    A context within the model's original length changes nothing. transformers starts anew with the
+    long factors once a text outgrows it; where that is to be expected, they are taken at once.
+    """
+    for _, module in model.named_modules():
+        if isinstance(module, TwoRopes):
+            module.fit_context(context)
 
 
 def needs_override(config: Mapping[str, Any], rules: Rope) -> bool:
@@ -190,7 +217,8 @@ def _longrope(
         )
         for length in ("short", "long")
     )
-    return TwoRopes(short, lambda _length: long, scaling["original_max_position_embeddings"])
+    limit = scaling["original_max_position_embeddings"]
+    return TwoRopes(short, lambda _length: long, limit, one_for_all=True)
 
 
 def _dynamic(

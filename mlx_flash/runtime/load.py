@@ -26,6 +26,7 @@ from mlx_flash.errors import PredictorError
 from mlx_flash.model_directory import tokenizer
 from mlx_flash.model_directory.directory import ModelDirectory
 from mlx_flash.models.registry import get_classes
+from mlx_flash.models.rope_override import fit_context
 from mlx_flash.paging.policies import DEFAULT_POLICY
 from mlx_flash.predictors.selection import Selection, select
 from mlx_flash.storage.reader import RowReader
@@ -137,6 +138,8 @@ def load_model(directory: ModelDirectory, options: PagingOptions | None = None) 
                 LiteralPath(directory.path), lazy=True, get_model_classes=classes
             )
             flash.start(model)
+        if options.context:
+            fit_context(model, options.context)
     except BaseException:
         (flash or reader).close()
         raise
