@@ -171,7 +171,7 @@ class Masked(nn.Module):
         return self.mlp.fc2(h)
 
 
-@pytest.mark.parametrize("stage", ["recording", "fitting"])
+@pytest.mark.parametrize("stage", ["recording", pytest.param("fitting", marks=pytest.mark.whole)])
 def test_interrupted_it_goes_on_and_ends_the_same(opt, opt_report, tmp_path, monkeypatch, stage):
     expected = (opt / NAME).read_bytes()
     model = tmp_path / "flash"
@@ -220,6 +220,7 @@ def test_interrupted_in_a_second_fit_it_ends_the_same(opt, opt_raised, tmp_path,
     assert (model / NAME).read_bytes() == (opt_raised[0] / NAME).read_bytes()
 
 
+@pytest.mark.whole
 def test_a_model_is_gone_while_layers_are_fitted_again(opt_raised):
     """Else the budget would hold the model and what fitting takes."""
     left = opt_raised[2]
@@ -369,7 +370,9 @@ def test_a_budget_is_kept_and_streaming_gives_the_same(opt, opt_report, tmp_path
 FAMILIES = ["phi3", "lille-130m", "nanbeige", "gpt2"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(f, marks=pytest.mark.whole) for f in FAMILIES[1:])]
+)
 def test_thresholds_for_any_family(tmp_path, words, family):
     model = tiny(tmp_path, family)
     found = calibrate(model, words, sparsity=0.4, tokens=1024)
@@ -437,6 +440,7 @@ def test_a_predictor_that_names_most_rows_is_left_out(tmp_path, words):
     assert "whole" in (model / report_files.TABLE).read_text()
 
 
+@pytest.mark.whole
 def test_recalls_are_raised_until_the_perplexity_holds(opt_raised):
     found = opt_raised[1]
     losses = [tried["loss"] for tried in found["rounds"]]
@@ -448,6 +452,7 @@ def test_recalls_are_raised_until_the_perplexity_holds(opt_raised):
     assert found["total"]["recall"] > 0.3 + 0.1
 
 
+@pytest.mark.whole
 def test_layers_whose_recall_is_raised_are_fitted_for_it(opt_raised):
     """What is cheapest at a recall of 0.3 may name most of the rows at a higher one."""
     found = opt_raised[1]

@@ -339,7 +339,7 @@ def test_out_inside_the_source(source, tmp_path):
 @pytest.mark.parametrize(
     ("scene", "stride"),
     [
-        ("fresh", 1),
+        pytest.param("fresh", 1, marks=pytest.mark.whole),
         pytest.param("force", 1, marks=pytest.mark.whole),
         ("other", 5),
         pytest.param("twice", 5, marks=pytest.mark.whole),

@@ -54,14 +54,15 @@ def differences(model, golden):
     return found | {"batch": batch(model, golden), "padded": padded(model, golden)}
 
 
+@pytest.mark.deeper
 @pytest.mark.parametrize("name", OWN)
-def test_golden(tmp_path, name):
+def test_golden(tmp_path, request, name):
     golden = Golden(OWN[name])
     source = golden.write(tmp_path / "hf")
     directory = ModelDirectory(convert(source, tmp_path / "flash"))
     models = {
         f"{share} kept": load_model(directory, PagingOptions(kept_share=share))
-        for share in (0.0, 0.5, 1.0)
+        for share in ((0.0, 0.5, 1.0) if request.config.getoption("--whole") else (0.0,))
     }
     models["dense"] = load_model(directory, PagingOptions(use_flash=False))
     models["checkpoint"] = utils.load_model(source, get_model_classes=get_classes)[0]

@@ -4,9 +4,9 @@ Every family of the table that runs on the CPU, in float32, bfloat16, 4 and 8 bi
 bfloat16 scales: logits of a prompt and of a step behind it are the dense model's to the bit, with
 slots for a quarter, half and all of the experts. 96 greedy tokens are the same in float32 and 4
 bits with slots for a quarter; make test has one of the two, by turns. The other types share all of
-that but the kernels: the families of ``WANTED`` have 8 tokens with slots for a quarter, those of
-``WHOLE``, one of each kind of switch module, 128 with every number of slots; with ``--whole`` every
-family has.
+that but the kernels: in make test the families of ``WANTED``, one of each kind of switch module,
+have 8 tokens with slots for a quarter. With ``--whole`` every family has 128 tokens in every type
+with every number of slots.
 
 Models have as many layers as it takes to have two with experts. MLX multiplies by chosen matrices
 on the CPU in float32 only, unless they are quantised: for bfloat16 the tests put an equivalent
@@ -34,9 +34,7 @@ from mlx_flash.runtime.options import PagingOptions
 
 METAL = ("muse_spark",)  # families whose forward runs on Metal only
 PAGED = sorted(set(MIXTURES) - set(METAL))
-WANTED = ("deepseek_v2", "glm4_moe", "granitemoe", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe")
-WANTED += ("qwen3_next",)
-WHOLE = ("deepseek_v3", "gpt_oss", "mixtral", "nemotron_h")
+WANTED = ("deepseek_v3", "gpt_oss", "mixtral", "nemotron_h")
 MAIN = ("float32", "4 bit")
 SHARES = (0.25, 0.5, 1.0)
 # Families in which two layers have experts, and those whose config is for four layers or none.
@@ -75,14 +73,14 @@ def gather_mm(a, b, lhs_indices=None, rhs_indices=None, *, sorted_indices=False,
 def cases():
     """Every family in every type; make test has the main types by turns, and all of some."""
     for (number, family), kind in itertools.product(enumerate(PAGED), MIXTURE_KINDS):
-        later = family not in (*WHOLE, *WANTED) and kind != MAIN[number % 2]
+        later = family not in WANTED and kind != MAIN[number % 2]
         yield pytest.param(family, kind, marks=[pytest.mark.whole] if later else [])
 
 
 @pytest.mark.deeper
 @pytest.mark.parametrize(("family", "kind"), cases())
 def test_same_as_dense(tmp_path, reads, monkeypatch, request, family, kind):
-    whole = family in WHOLE or request.config.getoption("--whole")
+    whole = request.config.getoption("--whole")
     if kind == "bfloat16":
         monkeypatch.setattr(mx, "gather_mm", gather_mm)
         monkeypatch.setattr(

@@ -112,7 +112,9 @@ def test_every_relu_family(tmp_path, family):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("share", [0.02, 0.15, 0.6])
+@pytest.mark.parametrize(
+    "share", [0.15, *(pytest.param(n, marks=pytest.mark.whole) for n in (0.02, 0.6))]
+)
 def test_several_tokens_at_once(trained, name, share):
     """Prompts, drafts and batches: the union of rows, or all of them streamed."""
     directory = ModelDirectory(trained(name, "float32"))
@@ -176,7 +178,7 @@ def test_no_row_fires(trained, monkeypatch):
     assert difference(found, bias) == 0
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [pytest.param(TRAINED[0], marks=pytest.mark.whole), TRAINED[1]])
 def test_low_rank_predictors_that_are_right(trained, tmp_path, name):
     """Gate, up and down paged, nothing resident; a layer without a predictor is read whole."""
     directory = ModelDirectory(convert(FIXTURES / name, tmp_path / "m", dtype="float32"))
@@ -211,6 +213,7 @@ def thresholds(directory, value):
     return Predictors("threshold", directory.rows.fingerprint, layers, {})
 
 
+@pytest.mark.whole
 def test_threshold_is_the_same_whatever_is_cached(swiglu):
     directory = ModelDirectory(swiglu)
     path = directory.path / predictor_file.NAME

@@ -77,6 +77,7 @@ def test_refuses_to_outgrow_the_context(directory):
     free(mx.zeros((1, 600), mx.int32), cache=make_prompt_cache(free))
 
 
+@pytest.mark.whole
 def test_workspace_covers_what_mlx_takes(directory):
     """Peak memory of a prompt chunk, as MLX counts it, against the plan's figure."""
     model = load_model(directory, PagingOptions(kept_share=1.0, context=512))
@@ -116,6 +117,7 @@ def test_a_dense_model_keeps_to_its_context(directory):
     free(mx.zeros((1, 300), mx.int32), cache=make_prompt_cache(free))
 
 
+@pytest.mark.whole
 def test_a_dense_model_takes_prompts_in_chunks_that_its_budget_has_room_for(directory, monkeypatch):
     fix_memory(monkeypatch, 100_000_000)
     need = needs(directory, 500)

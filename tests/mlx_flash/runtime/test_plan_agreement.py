@@ -84,8 +84,14 @@ def measured_mixture(path, rng):
 KINDS = (swiglu, relu, low_rank, layers, mixture, measured_mixture)
 
 
-@pytest.fixture(scope="module", params=[(kind, seed) for kind in KINDS for seed in range(2)],
-                ids=lambda p: f"{p[0].__name__}-{p[1]}")  # fmt: skip
+def models():
+    """Each kind twice; make test has one of the two."""
+    for kind in KINDS:
+        yield pytest.param((kind, 0), id=f"{kind.__name__}-0")
+        yield pytest.param((kind, 1), id=f"{kind.__name__}-1", marks=pytest.mark.whole)
+
+
+@pytest.fixture(scope="module", params=models())
 def made(request, tmp_path_factory):
     """(model directory, random numbers)."""
     kind, seed = request.param
