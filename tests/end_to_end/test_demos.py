@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_interrupting_is_clean(tmp_path):
     for line in demo.stdout:
         if line == "begun\n":
             break
+    time.sleep(1)  # the parent may still be within Popen
     demo.send_signal(signal.SIGINT)
     # The command that it runs goes on, as it got no signal; it is ended after five seconds.
     out, err = demo.communicate(timeout=30)

@@ -94,7 +94,7 @@ def test_padded_parts(tmp_path):
     layout = directory.rows.layout
     assert layout.extents[0] > layout.parts[0].nbytes
     model = load_model(directory, PagingOptions(kept_share=0.0))
-    dense, _ = utils.load_model(source)
+    dense, _ = utils.load_model(source, get_model_classes=get_classes)
     assert mx.array_equal(logits(model), logits(dense))
     assert greedy(model, 32) == greedy(dense, 32)
 

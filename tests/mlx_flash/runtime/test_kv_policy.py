@@ -84,6 +84,8 @@ def test_quantised_caches(tmp_path, family):
     sizes = {"hidden_size": 128, "head_dim": 32} if family == "llama" else {"hidden_size": 128}
     if family == "opt":
         sizes["word_embed_proj_dim"] = 128
+    if family == "gpt_neox":
+        sizes["intermediate_size"] = 512
     source = make_checkpoint(tmp_path / "hf", family, "float32", **sizes)
     directory = ModelDirectory(convert(source, tmp_path / "flash"))
     plain = load_model(directory, PagingOptions(kept_share=0.5))
