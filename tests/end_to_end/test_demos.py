@@ -60,7 +60,9 @@ def test_failure_ends_the_demo(shared, tmp_path, monkeypatch):
 
 def test_interrupting_is_clean(tmp_path):
     (tmp_path / "pretended.py").write_text("import time; print('begun'); time.sleep(60)")
-    code = f"import sys; sys.path.insert(0, {str(DEMOS)!r}); import _shared; "
+    # Where the tests run in the background, interrupts are ignored by what they start.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"sys.path.insert(0, {str(DEMOS)!r}); import _shared; "
     demo = subprocess.Popen(
         [sys.executable, "-c", code + "_shared.run('pretended')"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
