@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from coreml_export.errors import ExportError
 from mlx_flash.calibration.text import DEFAULT as TEXT
+from mlx_flash.common.json_reader import fields, read_json
 
 from .weights_source import Source
 
@@ -78,8 +78,8 @@ def ends(out: Path, config: dict[str, Any]) -> list[int]:
     """
     found = None
     if (out / GENERATION).is_file():
-        with contextlib.suppress(ValueError, AttributeError):
-            found = json.loads((out / GENERATION).read_text(encoding="utf-8")).get("eos_token_id")
+        with contextlib.suppress(ValueError):
+            found = fields(read_json(out / GENERATION), GENERATION).get("eos_token_id")
     found = found or config.get("eos_token_id")
     return found if isinstance(found, list) else [] if found is None else [found]
 

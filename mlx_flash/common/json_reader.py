@@ -41,10 +41,7 @@ def parse_json(
     Raises:
         ValueError: it is no JSON, or more than the limits allow.
     """
-    marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
-    opened, commas = text.count(marks[0]) + text.count(marks[1]), text.count(marks[2])
-    if opened + commas > MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES:,} values")
+    opened = check_values(text)
     hooks: dict[str, Any] = {"object_hook": object_hook} if object_hook else {}
     if unique:
         hooks["object_pairs_hook"] = _without_doubles
@@ -57,6 +54,18 @@ def parse_json(
     if opened > max_depth and _deeper(found, max_depth):
         raise ValueError(f"JSON nested more than {max_depth} deep")
     return found
+
+
+def check_values(text: str | bytes) -> int:
+    """How many lists and objects a JSON text opens, at most; nothing is parsed.
+
+    Raises ValueError where it may hold more than ``MAX_VALUES`` values.
+    """
+    marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
+    lists, objects, commas = (text.count(mark) for mark in marks)
+    if lists + objects + commas > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values")
+    return lists + objects
 
 
 def read_json(path: Path, max_bytes: int = MAX_BYTES, **limits: Any) -> Any:

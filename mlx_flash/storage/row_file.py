@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_flash.common.files import hash_file_range
-from mlx_flash.common.json_reader import items, parse_json, text
+from mlx_flash.common.json_reader import items, parse_json, text, whole
 from mlx_flash.errors import DamagedError, ReadError, RowFileError
 
 from .row_layout import ITEMSIZE, PAGE, RowLayout
@@ -132,11 +132,11 @@ class RowFile:
             self.unit = meta["unit"]
             _check(self.unit in UNITS, f"rows are of unit {self.unit!r}")
             distinct = [RowLayout.from_json(x) for x in listed(meta, "layouts")]
-            which = [checked(int, x) for x in listed(meta, "layout_of")]
+            which = [whole(x, "layout_of") for x in listed(meta, "layout_of")]
             _check(min(which, default=-1) >= 0, f"layouts of layers: {which!r:.80}")
             layouts = [distinct[i] for i in which]
-            self.source = checked(str, meta["source"])
-            self.hashes = [checked(str, x) for x in listed(meta, "sha256")]
+            self.source = text(meta["source"], "source")
+            self.hashes = [text(x, "a hash") for x in listed(meta, "sha256")]
             self.layers = _layers(header, data_start, layouts)
             sound = [x for x in self.hashes if re.fullmatch("[0-9a-f]{64}", x)]
             _check(len(sound) == len(self.hashes) == len(self.layers), "not one hash a layer")
@@ -218,16 +218,9 @@ def _check(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def checked(kind: type, value: Any) -> Any:
-    """``value``; TypeError unless it is of just that type."""
-    if type(value) is not kind:
-        raise TypeError(f"{kind.__name__} expected, found {value!r:.80}")
-    return value
-
-
 def _layers(header: dict[str, Any], data_start: int, layouts: list[RowLayout]) -> list[Layer]:
     """Where the layers are; their entries must be the very ones that the layouts make."""
-    rows = [checked(int, header[f"layers.{i}.rows"]["shape"][0]) for i in range(len(header))]
+    rows = [whole(header[f"layers.{i}.rows"]["shape"][0], "rows") for i in range(len(header))]
     _check(bool(rows) and min(rows) > 0, f"rows of layers: {rows!r:.80}")
     _check(len(layouts) == len(rows), f"layouts of {len(layouts)} layers, not {len(rows)}")
     _check(header == _tensors(layouts, rows), "tensors are not those of its layouts")
