@@ -20,6 +20,29 @@ def same_as(key: str) -> Condition:
     return lambda config, value: value == config.get(key)
 
 
+def four_times(key: str) -> Condition:
+    """Whether a width is four times another."""
+    return lambda config, value: value == 4 * (config.get(key) or 0)
+
+
+def equal_heads(config: Mapping[str, Any]) -> int | None:
+    """The size of a head where all of them share the model's width."""
+    heads = config.get("num_attention_heads")
+    return config["hidden_size"] // heads if heads and config.get("hidden_size") else None
+
+
+def shares_width(config: Mapping[str, Any], value: Any) -> bool:
+    """Whether a head's size is that of ``equal_heads``."""
+    heads = config.get("num_attention_heads") or 1
+    return value == (config.get("hidden_size") or 0) // heads
+
+
+def for_some_layer(config: Mapping[str, Any], value: Any) -> bool:
+    """Whether a layer has the window; a model where none has loses its rotary positions, too."""
+    kinds = config.get("layer_types")
+    return not isinstance(kinds, list) or "sliding_attention" in kinds
+
+
 def full_every_nth(config: Mapping[str, Any], value: Any) -> bool:
     """Whether every n-th layer, and no other, attends to the whole text."""
     step = config.get("full_attention_interval") or 4

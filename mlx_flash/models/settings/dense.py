@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from mlx_flash.errors import ModelError
 
-from .checks import reaches_everything, same_as
+from .checks import (
+    equal_heads,
+    for_some_layer,
+    four_times,
+    reaches_everything,
+    same_as,
+    shares_width,
+)
 from .rules import LINEAR, PLAIN, Rope, Rules
 
 FALSE = (False,)
@@ -18,32 +24,6 @@ TIED = {"tie_word_embeddings": TRUE}
 IS_UNTIED = {"tie_word_embeddings": False}  # what transformers takes where the config says nothing
 NO_BIAS = {"attention_bias": FALSE}
 CAUSAL = {"use_bidirectional_attention": FALSE}
-
-
-def _four_times(key: str) -> Any:
-    """Whether a width is four times another."""
-    return lambda config, value: value == 4 * (config.get(key) or 0)
-
-
-def _head_dim(config: Mapping[str, Any], value: Any) -> bool:
-    heads = config.get("num_attention_heads") or 1
-    return value == (config.get("hidden_size") or 0) // heads
-
-
-def _for_some_layer(config: Mapping[str, Any], value: Any) -> bool:
-    """Whether a layer has the window; a model where none has loses its rotary positions, too."""
-    kinds = config.get("layer_types")
-    return not isinstance(kinds, list) or "sliding_attention" in kinds
-
-
-def _reaches_all(config: Mapping[str, Any], value: Any) -> bool:
-    """Whether a window is as long as the model's longest text."""
-    return value >= (config.get("max_position_embeddings") or math.inf)
-
-
-def _heads(config: Mapping[str, Any]) -> int | None:
-    heads = config.get("num_attention_heads")
-    return config["hidden_size"] // heads if heads and config.get("hidden_size") else None
 
 
 def _inner_width(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +112,7 @@ DENSE: dict[str, Rules] = {
     ),
     "cohere": Rules(Rope(kinds=PLAIN, default_theta=500000.0), only=TIED),
     "cohere2": Rules(
-        _PLAIN, window="fourth", native_window="pattern", only=TIED | {"head_dim": _head_dim}
+        _PLAIN, window="fourth", native_window="pattern", only=TIED | {"head_dim": shares_width}
     ),
     "ernie4_5": Rules(
         Rope(kinds=PLAIN, default_theta=500000.0), absent={"tie_word_embeddings": True}
@@ -149,12 +129,12 @@ DENSE: dict[str, Rules] = {
     "exaone4": Rules(
         window="fourth",
         native_window="letters",
-        absent={"head_dim": _heads, "rope_scaling": None, "sliding_window": 4096}
+        absent={"head_dim": equal_heads, "rope_scaling": None, "sliding_window": 4096}
         | {"sliding_window_pattern": 4},
-        only={"sliding_window": _for_some_layer},
+        only={"sliding_window": for_some_layer},
     ),
     "falcon_h1": Rules(
-        absent=IS_UNTIED | {"head_dim": _heads},
+        absent=IS_UNTIED | {"head_dim": equal_heads},
         only={"time_step_limit": ([0.0, float("inf")], [0.001, 100.0])},  # as good as the same
         harmless={"mamba_expand": "mamba_d_ssm says it"},
     ),
@@ -182,7 +162,7 @@ DENSE: dict[str, Rules] = {
         None,
         names={"n_ctx": "n_positions"},
         only={
-            "n_inner": _four_times("n_embd"),
+            "n_inner": four_times("n_embd"),
             "scale_attn_weights": TRUE,
             "add_cross_attention": FALSE,
             "tie_word_embeddings": TRUE,
@@ -202,9 +182,9 @@ DENSE: dict[str, Rules] = {
             default_share=0.25,
             kinds=PLAIN,
         ),
-        only=UNTIED | {"attention_bias": TRUE, "intermediate_size": _four_times("hidden_size")},
+        only=UNTIED | {"attention_bias": TRUE, "intermediate_size": four_times("hidden_size")},
     ),
-    "gptj": Rules(None, only=UNTIED | {"n_inner": _four_times("n_embd")}),
+    "gptj": Rules(None, only=UNTIED | {"n_inner": four_times("n_embd")}),
     "granite": Rules(absent=IS_UNTIED),
     "granitemoehybrid": Rules(
         _PLAIN,
@@ -214,13 +194,13 @@ DENSE: dict[str, Rules] = {
         translate=granite_names,
     ),
     "helium": Rules(
-        Rope(kinds=PLAIN, default_theta=100000.0), only=UNTIED | {"head_dim": _head_dim}
+        Rope(kinds=PLAIN, default_theta=100000.0), only=UNTIED | {"head_dim": shares_width}
     ),
     "hunyuan_v1_dense": Rules(Rope(spelling="type", kinds=PLAIN | {"dynamic"}, replaceable=False)),
     "internlm3": Rules(
         Rope(kinds=PLAIN, spelling="rope_type"),
         names={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
-        only={"head_dim": _head_dim},
+        only={"head_dim": shares_width},
     ),
     "jamba": Rules(None, absent=IS_UNTIED),
     "lfm2": Rules(
@@ -247,7 +227,7 @@ DENSE: dict[str, Rules] = {
     ),
     "minicpm3": Rules(
         Rope(kinds=PLAIN | {"longrope"}, replaceable=False),
-        only={"mlp_bias": FALSE, "v_head_dim": _head_dim},
+        only={"mlp_bias": FALSE, "v_head_dim": shares_width},
         harmless={
             "head_dim": "qk_rope_head_dim says it",
             "num_key_value_heads": "every head has its own",
@@ -255,7 +235,7 @@ DENSE: dict[str, Rules] = {
         },
     ),
     "ministral3": Rules(
-        Rope(reads_new=True, replaceable=False), only={"sliding_window": _reaches_all}
+        Rope(reads_new=True, replaceable=False), only={"sliding_window": reaches_everything}
     ),
     "muse_glimmer": Rules(
         Rope(reads_new=True), window="typed", native_window="layer_types", only=NO_BIAS
@@ -298,7 +278,7 @@ DENSE: dict[str, Rules] = {
         Rope(kinds=PLAIN, uses_share=True, built_in_share=0.5, default_share=0.5),
         only=TIED
         | NO_BIAS
-        | {"conv1d_width": (4,), "head_dim": _head_dim, "lru_width": same_as("hidden_size")}
+        | {"conv1d_width": (4,), "head_dim": shares_width, "lru_width": same_as("hidden_size")}
         | {"num_key_value_heads": (1,)},
     ),
     "seed_oss": Rules(absent=IS_UNTIED | {"attention_bias": True}),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from .checks import (
     dense_first,
+    equal_heads,
     every,
+    for_some_layer,
     full_attention_interval,
     full_every_nth,
     minimax_rotation,
     rope_but_every_fourth,
+    shares_width,
     sparse_layers,
     time_limits,
 )
-from .dense import FALSE, IS_UNTIED, NO_BIAS, TIED, TRUE, UNTIED, _for_some_layer, _head_dim, _heads
+from .dense import FALSE, IS_UNTIED, NO_BIAS, TIED, TRUE, UNTIED
 from .rules import PLAIN, SCALED, Rope, Rules
 
 SILU = {"hidden_act": ("silu", "swish")}
@@ -60,15 +63,15 @@ MIXTURES: dict[str, Rules] = {
     "exaone_moe": Rules(
         window="typed",
         native_window="layer_types",
-        absent={"head_dim": _heads},
-        only=SILU | {"sliding_window": _for_some_layer},
+        absent={"head_dim": equal_heads},
+        only=SILU | {"sliding_window": for_some_layer},
         harmless={"first_k_dense_replace": "mlp_layer_types says it"},
         translate=sparse_layers,
         written=("mlp_layer_types",),
     ),
     "glm4_moe": Rules(
         Rope(share="partial_rotary_factor", uses_share=True, default_share=0.5, kinds=PLAIN),
-        absent={"rope_scaling": None, "head_dim": _heads},
+        absent={"rope_scaling": None, "head_dim": equal_heads},
         only=SILU | UNTIED,
     ),
     "glm4_moe_lite": Rules(
@@ -154,14 +157,14 @@ MIXTURES: dict[str, Rules] = {
     ),
     "minimax_m2": Rules(
         Rope(kinds=PLAIN, default_theta=5000000.0),
-        absent={"head_dim": _heads, "shared_intermediate_size": 0},  # the latter is not read
+        absent={"head_dim": equal_heads, "shared_intermediate_size": 0},  # the latter is not read
         only=SILU,
         translate=minimax_rotation,
     ),
     "mixtral": Rules(
         Rope(kinds=PLAIN, default_theta=1000000.0),
         window="every",
-        only=SILU | {"head_dim": _head_dim},
+        only=SILU | {"head_dim": shares_width},
     ),
     "muse_spark": Rules(
         None,
@@ -206,7 +209,7 @@ MIXTURES: dict[str, Rules] = {
         Rope(kinds=PLAIN),
         window="switched",
         names={"num_experts": "num_local_experts"},
-        absent={"head_dim": _heads},
+        absent={"head_dim": equal_heads},
         only=SILU | NO_BIAS,
     ),
     "qwen3_next": Rules(
