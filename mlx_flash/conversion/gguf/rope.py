@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_flash.errors import ModelError
+from mlx_flash.models.settings.rope import attention_factor
 
 from .keys import Keys, shortest
 
@@ -82,8 +83,7 @@ def _longrope(
         "long_factor": [shortest(f) for f in vectors[LONG]],
         "short_factor": [shortest(f) for f in vectors[SHORT]],
     }
-    ratio = config["max_position_embeddings"] / original
-    usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 < original else 1.0
+    usual = attention_factor(config, scaling, "longrope") if original > 1 else 1.0
     stated = keys.number("rope.scaling.attn_factor", usual)
     # Files hold what transformers computes itself, rounded to float32; anything else is a setting.
     return (
