@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import sentencepiece
-from gguf import GGUFWriter
+from fixtures import gguf_files
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
@@ -202,24 +202,8 @@ def stored(tensors, kind):
 
 
 def write(path, meta, tensors, arch="llama"):
-    writer = GGUFWriter(path, arch)
-    adders = {
-        bool: writer.add_bool,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        str: writer.add_string,
-        list: writer.add_array,
-    }
-    for key, value in meta.items():
-        adders[type(value)](key, value)
-    for name, (data, kind) in tensors.items():
-        plain = kind in (Kind.F32, Kind.F16)
-        writer.add_tensor(name, np.ascontiguousarray(data), raw_dtype=None if plain else kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    kinds = {k: kind for k, (_, kind) in tensors.items() if kind not in (Kind.F32, Kind.F16)}
+    return gguf_files.write(path, arch, meta, {k: v for k, (v, _) in tensors.items()}, kinds)
 
 
 @pytest.fixture
