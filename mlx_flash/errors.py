@@ -5,6 +5,12 @@ message alone and exits with ``exit_code``: 2 for a request that cannot be carri
 (data that was good once, or a disk that fails).
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class FlashError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -62,3 +68,14 @@ class FlashWarning(UserWarning):
 
 class UsageError(FlashError):
     """Arguments of a command that contradict themselves."""
+
+
+@contextmanager
+def naming(path: Path, *kinds: type[FlashError]) -> Iterator[None]:
+    """Errors of some kinds that are raised inside begin with a path, unless they have it."""
+    try:
+        yield
+    except kinds as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error

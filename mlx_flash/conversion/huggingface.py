@@ -12,8 +12,7 @@ base, and the head where it may be tied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.common.json_reader import MAX_BYTES
-from mlx_flash.errors import DamagedError, ModelError
+from mlx_flash.errors import DamagedError, ModelError, naming
 from mlx_flash.model_directory.config import locate_ffn, read_config
 from mlx_flash.model_directory.tokenizer import check_files
 from mlx_flash.models.dtypes import FLOATS
@@ -74,14 +73,14 @@ class HFCheckpoint:
         if adapter:
             self.config = adapter.adapted_config(self.config)
         _refuse_unfit(path, self.config)
-        with _naming(path / "config.json"):
+        with naming(path / "config.json", ModelError):
             self.config = settle(self.config)
         place = locate_ffn(self.config, path)
-        with _naming(path):
+        with naming(path, ModelError):
             quantisation = found_in(self.config)
         _check_request(path, quantisation, requested, adapter)
         files, self.fingerprint, tensors = find_files(path)
-        with _naming(path):
+        with naming(path, ModelError):
             check_sizes(self.config, (entry["shape"] for entry in tensors.values()))
         check_files(path)
         for file in side_files(path):
@@ -93,10 +92,10 @@ class HFCheckpoint:
         if adapter:
             self.fingerprint += adapter.sha256[:16]
         model, spare = _with_its_head(path, self.config, files)
-        with _naming(path):
+        with naming(path, ModelError):
             self.spec = ModelSpec.of_model(model, *place)
         weights, predictors = _load_lazily(path, model, files, spare)
-        with _naming(path):
+        with naming(path, ModelError):
             if quantisation:
                 self._set_quantisation(quantise_modules(model, quantisation, weights))
             _compare(path, model, weights, adapter)
@@ -170,17 +169,6 @@ class HFCheckpoint:
             self.config["dtype" if "dtype" in self.config else "torch_dtype"] = dtype
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors about what is in a checkpoint name the checkpoint."""
-    try:
-        yield
-    except ModelError as error:
-        if str(path) in str(error):
-            raise
-        raise ModelError(f"{path}: {error}") from error
-
-
 def _refuse_unfit(path: Path, config: Mapping[str, Any]) -> None:
     """Raise ModelError for a directory that is not a checkpoint of one of mlx-lm's own classes."""
     if "flash" in config:
@@ -206,7 +194,7 @@ def _check_request(
     """Raise ModelError where a quantised source cannot become what is requested."""
     if not quantisation:
         return
-    with _naming(path):
+    with naming(path, ModelError):
         source = scheme_from(quantisation)
     if requested.scheme:
         raise ModelError(

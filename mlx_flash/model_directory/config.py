@@ -10,7 +10,7 @@ from mlx_lm import utils
 
 from mlx_flash.common.files import atomic_write, sha256_of_json
 from mlx_flash.common.json_reader import read_json
-from mlx_flash.errors import FlashError, ModelError
+from mlx_flash.errors import FlashError, ModelError, naming
 from mlx_flash.models import families, mixtures
 from mlx_flash.models.families import Ffn
 from mlx_flash.models.mixtures import Mixture
@@ -47,10 +47,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds {type(config).__name__}, expected a JSON object")
-    try:
+    with naming(path, ModelError):
         check_counts(config)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
     return config
 
 

@@ -13,8 +13,7 @@ import hashlib
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from mlx_flash import errors
 from mlx_flash.errors import DamagedError, ModelError
 
 from .block_formats import is_readable, readable_types
@@ -161,15 +161,9 @@ class _Cursor:
         return hashlib.sha256(memoryview(self._data)[: self.at]).hexdigest()
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> AbstractContextManager[None]:
     """Puts the file's name before the message of what goes wrong inside."""
-    try:
-        yield
-    except (ModelError, DamagedError) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from error
+    return errors.naming(path, ModelError, DamagedError)
 
 
 def check_file(path: Path) -> stat_result:
